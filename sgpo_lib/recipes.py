@@ -1,0 +1,76 @@
+"""Named profiles and methods, each a complete configuration, and `from_parameters` for notebooks.
+
+A profile only changes numbers and names; a method only changes the objective. Departures from the paper:
+
+1. Llama-3.2-8B-Instruct is no public checkpoint; `llama3-8b` is Llama-3.1-8B-Instruct.
+2. Not published, so ours: problems per step (128), mini-batch (64), AdamW betas, constant schedule after warm-up.
+3. Eq. 1 has one epsilon, section 4.4 gives 0.2 and 0.28: two fields, the latter values.
+4. `tiny` and `smollm2` have their own learning rates, lengths and problem counts, chosen for minutes on two cores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgpo_lib.config import MethodConfig, RunConfig, override, unknown, validate
+
+METHODS: dict[str, MethodConfig] = {
+    "sgpo": MethodConfig(method="sgpo"),
+    "grpo8": MethodConfig(method="grpo8", g1=8, g2=0, distillation="none"),
+    "sft_grpo": MethodConfig(method="sft_grpo", g1=12, g2=0, distillation="none"),
+    "sft": MethodConfig(method="sft", objective="supervised", g2=0, distillation="none"),
+}
+"""SGPO (Algorithm 1); GRPO with SGPO's 8 autonomous samples; GRPO with SGPO's whole budget of 12; supervised
+warm-up on expert solutions."""
+
+_TINY: dict[str, Any] = {
+    "model.source": "tiny", "train.torch_threads": 1, "model.device": "cpu",
+    "data.problems": "testbed", "n_train": 400, "n_validation": 60, "n_test": 200,
+    "max_new_tokens": 48, "steps": 60, "problems_per_step": 10, "lr": 3e-4, "lr_warmup_ratio": 0.15,
+    "eval_every": 5, "eval_problems": 60, "eval_k": 2, "test_k": 4, "eval_temperature": 0.6,
+}
+_SMOLLM2: dict[str, Any] = {
+    "model.source": "smollm2", "lora_rank": 16, "lora_alpha": 32,
+    "data.problems": "reasoning-gym:chain_sum", "warmup_share": 0.5,
+    "problem_args": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
+    "n_train": 320, "n_validation": 24, "n_test": 32,
+    "max_new_tokens": 48, "steps": 10, "problems_per_step": 2, "micro_batch": 8, "rollout_batch": 24,
+    "lr": 2e-4, "eval_every": 0, "eval_problems": 16, "test_k": 1, "kl_chunk_tokens": 128,
+}
+_PAPER: dict[str, Any] = {
+    "model.dtype": "bfloat16", "data.problems": "problems.jsonl", "warmup_share": 1 / 3,
+    "n_train": 8500, "n_validation": 200, "n_test": 500, "max_new_tokens": 16384, "epochs": 10.0, "lr": 1e-6,
+    "problems_per_step": 128, "mini_batch": 64, "micro_batch": 4, "kl_chunk_tokens": 512, "rollout_batch": 256,
+    "eval_every": 20, "eval_problems": 200, "eval_max_new_tokens": 32768, "save_every": 10, "reward_workers": 8,
+    "lr_warmup_ratio": 0.0,
+}
+_SFT: dict[str, dict[str, Any]] = {
+    "tiny": {"steps": 100, "problems_per_step": 64, "lr": 1e-3, "warmup_share": 0.3, "eval_every": 10},
+    "smollm2": {"steps": 20, "problems_per_step": 16, "lr": 5e-4, "eval_every": 10, "save_every": 5},
+    "paper": {"epochs": 10.0, "problems_per_step": 64, "mini_batch": 0, "lr": 1e-5, "lr_warmup_ratio": 0.1},
+}
+PROFILES: dict[str, dict[str, Any]] = {
+    "tiny": _TINY,
+    "smollm2": _SMOLLM2,
+    "qwen2.5-1.5b": {**_PAPER, "model.source": "Qwen/Qwen2.5-1.5B-Instruct"},
+    "qwen2.5-7b": {**_PAPER, "model.source": "Qwen/Qwen2.5-7B-Instruct"},
+    "llama3-8b": {**_PAPER, "model.source": "meta-llama/Llama-3.1-8B-Instruct"},
+}
+"""Profile -> the fields in which it differs from the defaults of `config.py`."""
+
+
+def from_parameters(profile: str = "tiny", method: str = "sgpo", seed: int = 0, **overrides: Any) -> RunConfig:
+    """The complete, checked configuration of a notebook's parameters.
+
+    Order: defaults, profile, method, then `overrides`, whose names are short (`steps=60`) or dotted
+    (`**{"train.steps": 60}`). Raises ValueError for an unknown profile, method or field, naming the nearest, and
+    for values that cannot work.
+    """
+    if profile not in PROFILES:
+        raise unknown("profile", profile, PROFILES)
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    config = override(RunConfig(profile=profile, seed=seed, method=METHODS[method]), PROFILES[profile])
+    if config.method.objective == "supervised":
+        config = override(config, _SFT.get(profile, _SFT["paper"]))
+    return validate(override(config, overrides))
