@@ -1,0 +1,69 @@
+# One machine, one environment. `make help` lists the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+# SMOKE=1: the same series with the small parameters of the batch file. JOBS=N: processes at a time.
+SERIES := quickstart$(if $(SMOKE),-smoke)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help venv venv-test run test test-quick check lab lock clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo "  SMOKE=1 make run runs the series at smoke size; JOBS=N sets the number of processes."
+
+venv: .venv/.run-stamp  ## Create .venv and install the pinned packages (again only when they change)
+
+.venv/.run-stamp: requirements/run.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	  { echo "make: python -m venv failed. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "== installing the pinned packages into .venv (a few minutes the first time)"
+	@$(PIP) install --no-deps -r requirements/run.lock
+	@$(PIP) install --no-deps --no-build-isolation -e .
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
+	  echo "== this torch is a CUDA build: adding the CUDA packages that it names"; \
+	  $(PIP) install "torch==$$(sed -n 's/^torch==//p' requirements/run.lock)" && $(BIN)/python -c 'import torch'; }
+	@touch $@
+
+venv-test: .venv/.test-stamp  ## The same with what the tests and checks need
+
+.venv/.test-stamp: .venv/.run-stamp requirements/test.lock
+	@$(PIP) install --no-deps -r requirements/test.lock
+	@touch $@
+
+run: venv  ## Execute the notebook series and write the report; again: continue, or say that it is up to date
+	@status=0; $(BIN)/sgpo batch experiments/quickstart.yaml $(if $(SMOKE),--smoke) $(if $(JOBS),--jobs $(JOBS)) || status=$$?; \
+	if [ $$status -gt 1 ]; then exit $$status; fi; \
+	$(BIN)/sgpo report $(SERIES); \
+	echo; echo "  Look at   file://$(CURDIR)/reports/$(SERIES)/index.html"; \
+	if [ $$status -eq 0 ]; then echo "  Next      make lab      (the same notebooks, step by step, in JupyterLab)"; \
+	else echo "  Some jobs failed: sgpo status tells why (.venv/bin/sgpo status); make run tries them again"; fi; \
+	exit $$status
+
+test: venv-test  ## Run all tests
+	@$(BIN)/python -m pytest
+
+test-quick: venv-test  ## Run the tests that need no model and no notebook
+	@$(BIN)/python -m pytest -m "not slow"
+
+check: venv-test  ## Lint (notebooks too), types, order of imports
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest tests/test_imports.py
+
+lab: venv  ## Open JupyterLab on notebooks/, on this machine only, with a token
+	@PLOTLY_RENDERER=plotly_mimetype JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --ip=127.0.0.1 \
+	  --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks \
+	  $(if $(filter 0,$(shell id -u)),--allow-root)
+
+lock: venv-test  ## Rewrite the lock files from pyproject.toml
+	@PATH="$(CURDIR)/$(BIN):$$PATH" requirements/lock.sh
+
+clean:  ## Remove caches and written reports; .venv and runs/ stay
+	@rm -rf .ruff_cache .mypy_cache .pytest_cache .hypothesis build
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	@find reports -mindepth 1 -maxdepth 1 -not -name README.md -not -name '.git*' -exec rm -rf {} + 2>/dev/null || true

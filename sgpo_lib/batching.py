@@ -1,0 +1,69 @@
+"""Pad, shift and mask: the only place that shifts tokens.
+
+A response token at position t of its sequence is predicted by the hidden state at t-1. `TokenBatch` stores, for
+every response token of every row, in row order, the flat index of that state. Both prompts of a response therefore
+give tensors of the same N rows in the same order, whatever the prompts' lengths.
+
+Shape suffixes: B rows, S padded length, N response tokens of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Row = tuple[Sequence[int], Sequence[int]]
+"""(prompt ids, response ids); the end token is part of the response."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Right-padded sequences and where their response tokens are."""
+
+    input_ids_BS: Int[Tensor, "B S"]
+    attention_mask_BS: Int[Tensor, "B S"]
+    predictor_N: Int[Tensor, "N"]
+    """Flat index into B*S of the state that predicts each response token."""
+    target_N: Int[Tensor, "N"]
+    """The response tokens themselves."""
+    row_N: Int[Tensor, "N"]
+    """Row of each response token."""
+    length_B: Int[Tensor, "B"]
+    """Response tokens of each row, the end token included."""
+
+    @staticmethod
+    def build(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu") -> TokenBatch:
+        """Pad rows on the right. Raises ValueError for an empty prompt or response: it has nothing to predict."""
+        for i, (prompt, response) in enumerate(rows):
+            if not len(prompt) or not len(response):
+                raise ValueError(f"row {i}: prompt of {len(prompt)} and response of {len(response)} tokens; "
+                                 "both need at least one")
+        width = max(len(p) + len(r) for p, r in rows)
+        ids, mask, predictor, target, row = [], [], [], [], []
+        for i, (prompt, response) in enumerate(rows):
+            used = len(prompt) + len(response)
+            ids.append([*prompt, *response] + [pad_id] * (width - used))
+            mask.append([1] * used + [0] * (width - used))
+            start = i * width + len(prompt) - 1
+            predictor.extend(range(start, start + len(response)))
+            target.extend(response)
+            row.extend([i] * len(response))
+        def put(values: list) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+        return TokenBatch(put(ids), put(mask), put(predictor), put(target), put(row),
+                          put([len(r) for _, r in rows]))
+
+    def spread(self, value_B: Float[Tensor, "B"]) -> Float[Tensor, "N"]:
+        """One value per row -> one per response token."""
+        return value_B.to(self.row_N.device)[self.row_N]
+
+
+def micro_batches(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
+    """Indices of rows in groups of at most `size`, of similar length so that little is padded."""
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]) + len(rows[i][1]), i))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

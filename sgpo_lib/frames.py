@@ -1,0 +1,58 @@
+"""Run folders as data frames, for figures and reports."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from sgpo_lib.config import RunConfig
+from sgpo_lib.runs import Run
+
+
+def setting(config: RunConfig) -> str:
+    """Fingerprint of everything but the seed: runs that share it are repetitions of one another."""
+    return dataclasses.replace(config, seed=0).fingerprint
+
+
+def runs_frame(runs: Iterable[Run]) -> pd.DataFrame:
+    """All metric rows with the columns run, profile, method, seed, setting, kind, step, and the logged metrics."""
+    rows = [{"run": r.folder.name, "profile": r.config.profile, "method": r.config.method.method,
+             "seed": r.config.seed, "setting": setting(r.config), **row} for r in runs for row in r.metrics()]
+    return pd.DataFrame(rows, columns=None if rows else ["run", "profile", "method", "seed", "setting", "kind", "step"])
+
+
+def summaries_frame(runs: Iterable[Run]) -> pd.DataFrame:
+    """One row per finished run: run, profile, method, seed, setting, steps, test_accuracy, test_low, test_high, test_k,
+    seconds, cpu_seconds, tokens."""
+    columns = ["run", "profile", "method", "seed", "setting", "steps", "test_accuracy", "test_low", "test_high",
+               "test_k", "seconds", "cpu_seconds", "tokens"]
+    rows = []
+    for run in runs:
+        if not (run.done and (told := run.summary)):
+            continue
+        test = told.get("test") or {}
+        known = {"run": run.folder.name, "profile": run.config.profile, "method": run.config.method.method,
+                 "seed": run.config.seed, "setting": setting(run.config), "test_accuracy": test.get("accuracy"),
+                 "test_low": test.get("low"), "test_high": test.get("high"), "test_k": test.get("k")}
+        rows.append({**{c: told.get(c) for c in columns}, **known})
+    return pd.DataFrame(rows, columns=columns)
+
+
+def comparable(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Per profile the runs that may share a figure: of each method the setting with the most seeds.
+
+    Several settings of one method (a smoke run beside the real one, another learning rate) must not be averaged. Ties
+    go to the setting with more steps, then to the one changed last.
+    """
+    groups: dict[tuple[str, str], dict[str, list[Run]]] = {}
+    for run in runs:
+        by_setting = groups.setdefault((run.config.profile, run.config.method.method), {})
+        by_setting.setdefault(setting(run.config), []).append(run)
+    chosen: dict[str, list[Run]] = {}
+    for (profile, _), by_setting in groups.items():
+        best = max(by_setting.values(), key=lambda rs: (len(rs), rs[0].config.train.steps,
+                                                        max(r.folder.stat().st_mtime for r in rs)))
+        chosen.setdefault(profile, []).extend(sorted(best, key=lambda r: r.config.seed))
+    return chosen

@@ -1,0 +1,167 @@
+"""The policy: a causal language model with its tokenizer, all weights or a LoRA adapter training.
+
+Shape suffixes: B sequences, S padded length, N response tokens of a batch in row order, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgpo_lib.batching import TokenBatch
+from sgpo_lib.config import ModelConfig
+
+ADAPTER = "adapter"
+WEIGHTS = "model"
+
+
+@dataclasses.dataclass
+class Policy:
+    """pi: a model, its tokenizer, and which parameters train."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    lora: bool
+    context: int
+    """Longest prompt plus response in tokens."""
+
+    def response_hidden(self, batch: TokenBatch) -> Float[Tensor, "N H"]:
+        """Last hidden state before each response token: the state that predicts it. One row per response token."""
+        backbone = self._causal_model().model
+        states_BSH = backbone(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS,
+                              use_cache=False).last_hidden_state
+        return states_BSH.flatten(0, 1)[batch.predictor_N]
+
+    def head(self) -> tuple[Float[Tensor, "V H"], Float[Tensor, "V"] | None]:
+        """Output matrix and bias: logits = hidden @ matrix.T + bias."""
+        layer = self._causal_model().get_output_embeddings()
+        return layer.weight, layer.bias
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Parameters that train, in a fixed order."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def stop_ids(self) -> list[int]:
+        """Token ids that end a response."""
+        ids = self.model.generation_config.eos_token_id
+        found = ids if isinstance(ids, list) else [ids]
+        return sorted({self.tokenizer.eos_token_id, *(i for i in found if i is not None)})
+
+    def pad_id(self) -> int:
+        """Padding id. It may share the end token's id: masks, never ids, say what is padding."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.tokenizer.eos_token_id
+
+    def save(self, folder: Path) -> None:
+        """Write the training weights (safetensors): `adapter/` under LoRA, else `model/`, which loads by itself."""
+        target = folder / (ADAPTER if self.lora else WEIGHTS)
+        self.model.save_pretrained(target)
+        self.tokenizer.save_pretrained(target)
+
+    def load(self, folder: Path) -> None:
+        """Take the training weights of a folder written by `save`.
+
+        Raises ValueError where the folder holds none, or an adapter of another shape.
+        """
+        from safetensors.torch import load_file
+
+        source = folder / (ADAPTER if self.lora else WEIGHTS)
+        file = source / ("adapter_model.safetensors" if self.lora else "model.safetensors")
+        if not file.exists():
+            raise ValueError(f"no weights at {file}: expected what a {'LoRA' if self.lora else 'full'} run saved")
+        if self.lora:
+            from peft import set_peft_model_state_dict
+
+            result = set_peft_model_state_dict(self.model, load_file(file))
+            if result.unexpected_keys:
+                raise ValueError(f"{file} does not fit this adapter: unknown {result.unexpected_keys[0]}. "
+                                 "Use the lora_rank and lora_targets of the run that wrote it")
+        else:
+            missing, unexpected = self.model.load_state_dict(load_file(file), strict=False)
+            tied = set(self.model._tied_weights_keys or ()) if self.model.config.tie_word_embeddings else set()
+            if unexpected or set(missing) - tied:
+                raise ValueError(f"{file} holds other weights than this model: missing {missing}, extra {unexpected}")
+
+    def fingerprint(self) -> str:
+        """12 hex digits over the training weights."""
+        digest = hashlib.sha256()
+        for parameter in self.parameters():
+            digest.update(parameter.detach().to("cpu", torch.float32).numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def _causal_model(self) -> Any:
+        return self.model.get_base_model() if self.lora else self.model
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises ValueError where CUDA is asked for and absent."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"model.device: got {name!r}, but torch {torch.__version__} sees no GPU. "
+                         "Use device='cpu' or 'auto', or install requirements/gpu.lock")
+    return torch.device(name)
+
+
+def load_policy(config: ModelConfig, source: str, seed: int) -> Policy:
+    """Load weights and tokenizer from a folder or hub id, and put a LoRA adapter on them where one is asked for.
+
+    Raises ValueError where the folder does not exist, holds no model or has no tokenizer, or where the model's
+    logits are not its hidden states times its output matrix (soft-capping, scaling), since Eq. 3 is computed so.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    local = Path(source).expanduser()
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_local and not (local / "config.json").exists():
+        raise ValueError(f"model.source: no model at {local} (expected a folder with config.json and safetensors)")
+    kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.revision:
+        kwargs["revision"] = config.revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(local if looks_local else source, **kwargs)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # whatever a foreign folder's files provoke
+        raise ValueError(f"model.source: no usable tokenizer at {source!r} ({str(error).splitlines()[0]}). "
+                         "Save one beside the weights, or check the name") from None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            local if looks_local else source, dtype=getattr(torch, config.dtype), use_safetensors=True,
+            attn_implementation=config.attention, **kwargs)
+    except OSError as error:
+        raise ValueError(f"model.source: cannot load weights from {source!r} ({str(error).splitlines()[0]})") from None
+    device = pick_device(config.device)
+    model.to(device)
+    context = min(config.context or 2**31, getattr(model.config, "max_position_embeddings", None) or 2**31)
+    if config.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        targets = config.lora_targets if config.lora_targets == "all-linear" else config.lora_targets.split(",")
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            model = get_peft_model(model, LoraConfig(
+                r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                target_modules=targets, task_type="CAUSAL_LM"))
+    model.train()
+    policy = Policy(model, tokenizer, device, bool(config.lora_rank), context)
+    _check_head(policy)
+    return policy
+
+
+@torch.no_grad()
+def _check_head(policy: Policy) -> None:
+    batch = TokenBatch.build([((0, 1), (2, 3, 4))], policy.pad_id(), policy.device)
+    policy.model.eval()
+    logits = policy.model(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS).logits
+    weight, bias = policy.head()
+    ours = torch.nn.functional.linear(policy.response_hidden(batch), weight, bias)
+    policy.model.train()
+    if not torch.allclose(logits.flatten(0, 1)[batch.predictor_N], ours, rtol=1e-2, atol=1e-2):
+        raise ValueError(f"{type(policy.model).__name__}: logits are not hidden states times the output matrix "
+                         "(soft-capping or scaling); this model's token KL would be wrong")

@@ -1,0 +1,51 @@
+"""Prompt templates: the only place where problem and strategy become text for the model.
+
+Departure from the paper: the guided prompt is not published. Ours puts the strategy before the problem in the user
+turn, so that both prompts end in the same words and differ only by the strategy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgpo_lib.records import Problem, Strategy
+
+INSTRUCTION = "Reason step by step and put the answer in \\boxed{}."
+GUIDE_HEAD = "Use this strategy:"
+
+
+def strategy_text(strategy: Strategy) -> str:
+    """The three components in their fixed form (paper, Table 4): `Problem type`, `Strategy`, `Steps: (a) ...`."""
+    steps = " ".join(f"({chr(ord('a') + i)}) {step}" for i, step in enumerate(strategy.steps))
+    return f"Problem type: {strategy.problem_type}\nStrategy: {strategy.strategy}\nSteps: {steps}"
+
+
+def autonomous_text(problem: Problem) -> str:
+    """User turn of pi(.|q)."""
+    return f"{problem.prompt}\n{INSTRUCTION}"
+
+
+def guided_text(problem: Problem, strategy: Strategy) -> str:
+    """User turn of pi(.|q,s): the strategy, then exactly the autonomous turn."""
+    return f"{GUIDE_HEAD}\n{strategy_text(strategy)}\n\n{autonomous_text(problem)}"
+
+
+def prompt_ids(tokenizer: Any, problem: Problem, *, guided: bool) -> tuple[int, ...]:
+    """Token ids of a prompt, through the tokenizer's chat template, up to where the answer begins.
+
+    Raises ValueError when a guided prompt is asked for and the problem has no strategy, or when the tokenizer has
+    no chat template.
+    """
+    if guided and problem.strategy is None:
+        raise ValueError(f"problem {problem.id} has no strategy, so there is no guided prompt for it")
+    text = guided_text(problem, problem.strategy) if guided and problem.strategy else autonomous_text(problem)
+    if not tokenizer.chat_template:
+        raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruct model, or set "
+                         "tokenizer.chat_template in the model's folder")
+    messages = [{"role": "user", "content": text}]
+    return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def response_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of a written response (expert solution, supervised example), the end token appended."""
+    return (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)

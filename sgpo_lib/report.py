@@ -1,0 +1,196 @@
+"""The report of a batch: one self-contained folder that opens from disk, offline.
+
+    OUT/index.html           results, figures, how each job ended
+    OUT/notebooks/JOB.html   executed notebooks as pages
+    OUT/plotly.min.js        draws the figures of all pages
+    OUT/results.csv          the table as numbers
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from sgpo_lib import figures
+from sgpo_lib.frames import comparable, runs_frame, summaries_frame
+from sgpo_lib.jobs import JobResult
+from sgpo_lib.pages import FIGURE_SCRIPT, PLOTLY_TAG, figure_html, put_plotly
+from sgpo_lib.runs import Run, environment, write_atomic
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c1f23; --soft: #5b6470; --line: #e0e3e7; --card: #ffffff; --page: #f6f7f9;
+  --link: #0b63a5; --good: #14713f; --bad: #b3261e; --warn: #8a5a00; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #9aa3ae; --line: #30353c; --card: #16191d;
+  --page: #0e1013; --link: #7cb8ff; --good: #5fd08f; --bad: #ff8a80; --warn: #f0c060; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
+  Helvetica, Arial, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 40px 20px 80px; }
+h1 { font-size: 30px; line-height: 1.2; margin: 0 0 6px; letter-spacing: -0.01em; }
+h2 { font-size: 20px; margin: 40px 0 12px; }
+h3 { font-size: 16px; margin: 28px 0 8px; color: var(--soft); font-weight: 600; }
+p { margin: 8px 0; max-width: 75ch; } .soft { color: var(--soft); font-size: 14px; }
+a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; margin: 14px 0;
+  overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 15px; }
+th { text-align: left; font-weight: 600; color: var(--soft); font-size: 13px; }
+th, td { padding: 7px 14px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+tr:last-child td { border-bottom: 0; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th.number { white-space: normal; }
+.name { white-space: nowrap; }
+.done { color: var(--good); } .failed, .blocked { color: var(--bad); }
+.running, .stopped, .waiting { color: var(--warn); }
+.facts { display: flex; flex-wrap: wrap; gap: 6px 28px; margin: 18px 0 0; padding: 0; list-style: none;
+  font-size: 14px; }
+.facts b { display: block; font-size: 19px; font-weight: 600; }
+code { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+"""
+
+
+def escape(value: object) -> str:
+    """Text for HTML. Every value that a page shows passes through here."""
+    return html.escape(str(value), quote=True)
+
+
+def write_report(title: str, jobs: Sequence[JobResult], runs: Sequence[Run], out: Path) -> Path:
+    """Write the report folder and return its index.html. Running it again replaces what it wrote before."""
+    (out / "notebooks").mkdir(parents=True, exist_ok=True)
+    put_plotly(out)
+    linked = {job.name for job in jobs if _copy_page(job, out / "notebooks")}
+    parts = [_head(title, jobs, runs)]
+    tables = []
+    for profile, chosen in comparable(runs).items():
+        metrics, summaries = runs_frame(chosen), summaries_frame(chosen)
+        table = figures.final_table(summaries, metrics)
+        tables.append(table.assign(profile=profile))
+        others = sum(r.config.profile == profile for r in runs) - len(chosen)
+        parts.append(_profile(profile, chosen, metrics, table, others))
+    if not runs:
+        parts.append("<h2>Results</h2><p class='soft'>No training run belongs to these jobs yet.</p>")
+    parts.append(_jobs(jobs, linked))
+    parts.append(_machine(runs))
+    results = pd.concat(tables) if tables else pd.DataFrame()
+    write_atomic(out / "results.csv", results.to_csv(index=False))
+    dark = json.dumps(figures.template(dark=True).to_plotly_json()).replace("<", "\\u003c")
+    page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title><style>{_STYLE}</style>'
+            f'{PLOTLY_TAG}<script>window.sgpoDark = {dark};</script></head><body><main>{"".join(parts)}</main>'
+            f'{FIGURE_SCRIPT}</body></html>\n')
+    write_atomic(out / "index.html", page)
+    return out / "index.html"
+
+
+def _copy_page(job: JobResult, folder: Path) -> bool:
+    """Copy a job's page, pointed at the report's plotly.js. False where the job has none."""
+    source = job.folder / "report.html"
+    if not source.exists():
+        (folder / f"{job.name}.html").unlink(missing_ok=True)
+        return False
+    above = PLOTLY_TAG.replace("plotly.min.js", "../plotly.min.js")
+    write_atomic(folder / f"{job.name}.html", source.read_text(encoding="utf-8").replace(PLOTLY_TAG, above))
+    if (job.folder / "notebook.ipynb").exists():
+        shutil.copyfile(job.folder / "notebook.ipynb", folder / f"{job.name}.ipynb")
+    return True
+
+
+def _head(title: str, jobs: Sequence[JobResult], runs: Sequence[Run]) -> str:
+    done = sum(j.state == "done" for j in jobs)
+    facts = [(f"{done} of {len(jobs)}", "jobs done"), (str(sum(r.done for r in runs)), "training runs finished"),
+             (_duration(sum(j.seconds for j in jobs)), "notebook time, summed"),
+             (time.strftime("%d %B %Y, %H:%M"), "written")]
+    items = "".join(f"<li><b>{escape(value)}</b>{escape(name)}</li>" for value, name in facts)
+    return (f"<h1>{escape(title)}</h1><p class='soft'>Strategy-Guided Policy Optimization (SGPO, arXiv 2606.24064): "
+            "a policy samples with and without a written strategy, and learns without it what it can do with it.</p>"
+            f"<ul class='facts'>{items}</ul>")
+
+
+def _profile(profile: str, runs: Sequence[Run], metrics: pd.DataFrame, table: pd.DataFrame, others: int) -> str:
+    """Table and figures of one profile."""
+    parts = [f"<h2>Results on the profile <code>{escape(profile)}</code></h2>"]
+    unfinished = [r for r in runs if not r.done]
+    if others:
+        parts.append(f"<p class='soft'>{others} more runs of this profile have other settings (steps, learning rate, "
+                     "...) and are left out: averages over seeds are of one setting.</p>")
+    if unfinished:
+        parts.append(f"<p class='soft'>{len(unfinished)} of {len(runs)} runs are not finished: "
+                     f"{escape(', '.join(f'{r.folder.name} ({r.state})' for r in unfinished))}.</p>")
+    if len(table):
+        parts.append(_table(table, threshold=0.5))
+    shown: list[go.Figure] = []
+    kinds = set(metrics["kind"]) if len(metrics) else set()
+    if "eval" in kinds:
+        shown.append(figures.learning_curves(metrics, title="Unguided accuracy on validation problems"))
+    if "train" in kinds:
+        train = metrics[metrics["kind"] == "train"]
+        if "sgpo" in set(train["method"]):
+            shown.append(figures.alpha_against_pass_rate(metrics))
+        shown += [figures.training_panel(metrics), figures.phase_seconds(metrics)]
+    parts += [f"<div class='card'>{figure_html(str(f.to_json()))}</div>" for f in shown]
+    if shown:
+        parts.append("<p class='soft'>Lines are means over seeds; bands are 95% t-intervals of that mean.</p>")
+    return "".join(parts)
+
+
+def _table(table: pd.DataFrame, threshold: float) -> str:
+    rows = ""
+    for row in table.to_dict("records"):
+        label, colour, _ = figures.method_style(str(row["method"]))
+        interval = "" if math.isnan(row["low"]) else (
+            f" <span class='soft'>{max(0, row['low']):.3f} to {min(1, row['high']):.3f}</span>")
+        reached = f"{row['steps_to_threshold']:.0f} <span class='soft'>{row['reached']} of {row['runs']} runs</span>"
+        rows += (f"<tr><td class='name'><span style='color:{escape(colour)}'>&#9632;</span>&nbsp;{escape(label)}</td>"
+                 f"<td class='number'>{row['runs']}</td><td class='number'>{_number(row['accuracy'], 3)}{interval}</td>"
+                 f"<td class='number'>{reached if row['reached'] else '&ndash;'}</td>"
+                 f"<td class='number'>{_number(row['cpu_seconds'], 0)}</td></tr>")
+    return ("<div class='card'><table><thead><tr><th>method</th><th class='number'>seeds</th>"
+            "<th class='number'>test accuracy, unguided (95% interval over seeds)</th>"
+            f"<th class='number'>steps to validation accuracy {threshold}</th>"
+            f"<th class='number'>CPU seconds per run</th></tr></thead><tbody>{rows}</tbody></table></div>")
+
+
+def _jobs(jobs: Sequence[JobResult], linked: set[str]) -> str:
+    rows = ""
+    for job in jobs:
+        name = f"<a href='notebooks/{escape(job.name)}.html'>{escape(job.name)}</a>" if job.name in linked else escape(
+            job.name)
+        told = ", ".join(f"{k}={v}" for k, v in job.parameters.items())
+        reason = f"<br><span class='soft'>{escape(job.reason[:600])}</span>" if job.reason else ""
+        rows += (f"<tr><td>{name}</td><td><code>{escape(job.notebook)}</code></td><td><code>{escape(told)}</code></td>"
+                 f"<td class='{escape(job.state)}'>{escape(job.state)}{reason}</td>"
+                 f"<td class='number'>{_duration(job.seconds) if job.seconds else '&ndash;'}</td></tr>")
+    return ("<h2>Executed notebooks</h2><div class='card'><table><thead><tr><th>job</th><th>notebook</th>"
+            "<th>parameters</th><th>state</th><th class='number'>time</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table></div>")
+
+
+def _machine(runs: Sequence[Run]) -> str:
+    """Where the runs were made: the environment.json of the newest one, else this machine."""
+    files = [p for r in runs if (p := r.folder / "environment.json").exists()]
+    newest = max(files, key=lambda p: p.stat().st_mtime) if files else None
+    told: dict[str, Any] = json.loads(newest.read_text(encoding="utf-8")) if newest else environment()
+    packages = ", ".join(f"{k} {v}" for k, v in told.get("packages", {}).items())
+    rows = [("platform", told.get("platform")), ("CPUs", told.get("cpus")), ("GPU", told.get("gpu")),
+            ("Python", told.get("python")), ("commit", told.get("commit")), ("packages", packages)]
+    body = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in rows if v)
+    return f"<h2>Machine</h2><div class='card'><table><tbody>{body}</tbody></table></div>"
+
+
+def _number(value: Any, digits: int) -> str:
+    return "&ndash;" if value is None or math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,45 @@
+"""What every sampling engine takes and gives, and the seeds of samples.
+
+No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One response to draw."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One drawn response."""
+
+    token_ids: tuple[int, ...]
+    """As sampled, the end token included where the model ended."""
+    logp: tuple[float, ...]
+    """Log-probability of each token under the model at temperature 1, untruncated (nats)."""
+    stop: str
+    """`end` or `length`."""
+
+
+class Engine(Protocol):
+    """A sampler of the current policy."""
+
+    def sample(self, requests: Sequence[SampleRequest], *, temperature: float, top_p: float,
+               max_new_tokens: int) -> list[Sample]:
+        """One response per request, in order. The same request gives the same response, whatever the batch."""
+
+
+def sample_seed(*key: object) -> int:
+    """Seed of one sample from (run seed, phase, step, problem, group, index): 63 bits, the same on every machine."""
+    text = "/".join(str(part) for part in key)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

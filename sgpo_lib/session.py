@@ -1,0 +1,169 @@
+"""What a training loop holds while it runs: policy, engine, verifier, problems, optimizer; how it saves and resumes.
+
+A checkpoint is the state between two steps. Sampling seeds come from (seed, step, problem, sample), and the order of
+problems from (seed, epoch), so weights, optimizer and torch's generator are all there is to restore; on a CPU a
+resumed run repeats the uninterrupted one's metrics to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from sgpo_lib.bases import base_source
+from sgpo_lib.batching import TokenBatch
+from sgpo_lib.config import RunConfig
+from sgpo_lib.evaluation import Evaluation, evaluate
+from sgpo_lib.losses.token_kl import token_logp_and_entropy
+from sgpo_lib.policy import Policy, load_policy
+from sgpo_lib.problems import Splits, load
+from sgpo_lib.records import Problem
+from sgpo_lib.rewards import Verifier
+from sgpo_lib.rollouts.interface import Engine
+from sgpo_lib.rollouts.transformers_engine import TransformersEngine
+from sgpo_lib.runs import Run, load_run
+
+Item = TypeVar("Item")
+FINAL = "final"
+"""Folder of a run that holds its final weights."""
+
+
+@dataclass
+class Session:
+    """One run in progress."""
+
+    config: RunConfig
+    run: Run
+    policy: Policy
+    engine: Engine
+    verifier: Verifier
+    splits: Splits
+    optimizer: torch.optim.Optimizer
+    total_steps: int
+    step: int = 0
+    """Steps completed."""
+    best_loss: float = math.inf
+    """Lowest validation loss so far (supervised runs)."""
+    best_step: int = -1
+    """Step of `best_loss`; -1 where there is none."""
+    updating: bool = False
+    """Set while weights change inside a step: what is in memory is then no state to save."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds of the current step by phase."""
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of a block to `seconds[name]`."""
+        start = time.perf_counter()
+        yield
+        if self.policy.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def batch_of(self, items: Sequence[Item], step: int) -> list[Item]:
+        """The items of a step (from 1): each epoch a new order, drawn from (seed, epoch); no item twice in a batch."""
+        size = min(self.config.train.problems_per_step, len(items))
+        per_epoch = len(items) // size
+        epoch, position = divmod(step - 1, per_epoch)
+        order = list(range(len(items)))
+        random.Random(f"order-{self.config.seed}-{epoch}").shuffle(order)
+        return [items[i] for i in order[position * size : (position + 1) * size]]
+
+    def logp_and_entropy(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and entropy (nats) of every response token of a batch under the policy."""
+        return token_logp_and_entropy(self.policy.response_hidden(batch), batch.target_N, *self.policy.head(),
+                                      self.config.train.kl_chunk_tokens)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up from 0, then constant or falling to 0 (steps from 1)."""
+        train = self.config.train
+        warmup = math.ceil(train.lr_warmup_ratio * self.total_steps)
+        if step <= warmup:
+            return train.lr * step / (warmup + 1)
+        left = 1 - (step - warmup - 1) / max(1, self.total_steps - warmup)
+        scale = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}[train.lr_schedule]
+        return train.lr * scale
+
+    def update(self, step: int) -> float:
+        """One optimizer update with the gradients that stand; returns their norm before clipping.
+
+        Raises FloatingPointError for a gradient that is not finite, before any weight changes.
+        """
+        limit = self.config.train.max_grad_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"step {step}: gradient norm is {norm}; weights are unchanged. Lower train.lr or "
+                                     "look at the last rollouts")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.updating = True
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def evaluate(self, problems: Sequence[Problem], k: int, seed_key: tuple[object, ...]) -> Evaluation:
+        """avg@k of the unguided policy with the run's evaluation settings."""
+        settings = self.config.evaluation
+        return evaluate(self.engine, self.policy.tokenizer, self.verifier, problems, k=k,
+                        temperature=settings.eval_temperature, top_p=settings.eval_top_p,
+                        max_new_tokens=settings.eval_max_new_tokens or self.config.rollout.max_new_tokens,
+                        seed_key=seed_key)
+
+    def save(self) -> None:
+        """Checkpoint the state after `step` steps."""
+        def write(folder: Path) -> None:
+            self.policy.save(folder)
+            torch.save({"optimizer": self.optimizer.state_dict(), "torch_rng": torch.get_rng_state()},
+                       folder / "optimizer.pt")
+        state = {"best_loss": self.best_loss, "best_step": self.best_step, "weights": self.policy.fingerprint()}
+        protected = (self.best_step,) if self.best_step >= 0 else ()
+        self.run.save_checkpoint(self.step, write, state, self.config.train.keep_checkpoints, protected)
+
+    def restore(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take the state of a checkpoint; later rows of metrics are dropped, since their steps come again."""
+        self.policy.load(folder)
+        stored = torch.load(folder / "optimizer.pt", weights_only=True, map_location=self.policy.device)
+        self.optimizer.load_state_dict(stored["optimizer"])
+        torch.set_rng_state(stored["torch_rng"].cpu())
+        self.step, self.best_loss, self.best_step = state["step"], state["best_loss"], state["best_step"]
+        self.run.forget_after(self.step)
+
+
+@contextlib.contextmanager
+def open_session(config: RunConfig, run: Run) -> Iterator[Session]:
+    """Load everything that a run needs and check it, before any work.
+
+    Raises ValueError for whatever cannot work: problems, strategies, model, prompts longer than the context.
+    """
+    if config.train.torch_threads:
+        torch.set_num_threads(config.train.torch_threads)
+    splits = load(config.data)
+    policy = load_policy(config.model, base_source(config.model), config.seed)
+    if config.train.init_from:
+        policy.load(final_weights(config.train.init_from))
+    train = config.train
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=train.lr, betas=(train.adam_beta1, train.adam_beta2),
+                                  weight_decay=train.weight_decay, foreach=False)
+    supervised = config.method.objective == "supervised"
+    items = (splits.warmup or splits.train) if supervised else splits.train
+    per_epoch = max(1, len(items) // min(train.problems_per_step, len(items)))
+    total = math.ceil(train.epochs * per_epoch) if train.epochs else train.steps
+    engine = TransformersEngine(policy, config.rollout.rollout_batch)
+    with Verifier(config.reward) as verifier:
+        yield Session(config, run, policy, engine, verifier, splits, optimizer, total)
+
+
+def final_weights(run_folder: str) -> Path:
+    """Folder with a run's final weights. Raises ValueError where the run does not exist or has not finished."""
+    run = load_run(run_folder)
+    if not run.done:
+        raise ValueError(f"train.init_from: run {run.folder} has not finished (state: {run.state}). Finish it first")
+    return run.folder / FINAL

@@ -1,0 +1,65 @@
+"""Supervised warm-up on expert solutions: cross-entropy on response tokens only, best checkpoint by loss on a random
+one-tenth split (paper, section 4.4 and appendix E).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sgpo_lib.batching import Row, TokenBatch, micro_batches
+from sgpo_lib.losses.imitation import sft_loss
+from sgpo_lib.problems import require_solutions
+from sgpo_lib.prompts import prompt_ids, response_ids
+from sgpo_lib.session import Session
+
+
+def expert_rows(session: Session) -> tuple[list[Row], list[Row]]:
+    """(training, validation) rows from the warm-up problems; one in ten validates, at least one, chosen by seed.
+
+    Uses the warm-up share of the data, or all training problems where there is no such share. Raises ValueError for
+    problems without an expert solution, and for fewer than two problems.
+    """
+    problems = list(session.splits.warmup or session.splits.train)
+    require_solutions(problems)
+    if len(problems) < 2:
+        raise ValueError(f"supervised warm-up has {len(problems)} problem(s); it needs at least 2, one to validate")
+    tokenizer = session.policy.tokenizer
+    rows: list[Row] = [(prompt_ids(tokenizer, p, guided=False), response_ids(tokenizer, p.solution))
+                       for p in problems]
+    order = list(range(len(rows)))
+    random.Random(f"sft-validation-{session.config.seed}").shuffle(order)
+    held = max(1, len(rows) // 10)
+    return [rows[i] for i in sorted(order[held:])], [rows[i] for i in sorted(order[:held])]
+
+
+def supervised_step(session: Session, step: int, rows: Sequence[Row]) -> dict[str, Any]:
+    """One update on one batch: token mean over the batch's response tokens."""
+    batch = session.batch_of(rows, step)
+    with session.phase("update"):
+        nll, tokens = _accumulate(session, batch, backward=True)
+        norm = session.update(step)
+    return {"loss": nll / tokens, "grad_norm": norm, "lr": session.learning_rate(step), "tokens": tokens}
+
+
+@torch.no_grad()
+def validation_loss(session: Session, rows: Sequence[Row]) -> float:
+    """Cross-entropy in nats per response token."""
+    nll, tokens = _accumulate(session, rows, backward=False)
+    return nll / tokens
+
+
+def _accumulate(session: Session, rows: Sequence[Row], *, backward: bool) -> tuple[float, int]:
+    tokens = sum(len(response) for _, response in rows)
+    nll = 0.0
+    for part in micro_batches(rows, session.config.train.micro_batch):
+        batch = TokenBatch.build([rows[i] for i in part], session.policy.pad_id(), session.policy.device)
+        logp_N, _ = session.logp_and_entropy(batch)
+        output = sft_loss(logp_N, torch.full_like(logp_N, 1 / tokens))
+        nll += output.metrics["nll_sum"]
+        if backward:
+            output.loss.backward()
+    return nll, tokens

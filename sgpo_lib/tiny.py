@@ -1,0 +1,58 @@
+"""The `tiny` model: word-level tokenizer with single digits and a small Qwen3, saved as one plain Hugging Face folder.
+
+Qwen3, not Qwen2, because of the tokenizer: transformers 5.19 opens the tokenizer of every `qwen2` folder as
+`Qwen2Tokenizer`, whatever class the folder names, and so would read this vocabulary with Qwen2's rules, silently.
+
+Imports torch and transformers only inside functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgpo_lib import testbed
+from sgpo_lib.prompts import GUIDE_HEAD, INSTRUCTION
+
+PAD, END, UNKNOWN, ASK, ANSWER = "<pad>", "<end>", "<unk>", "<ask>", "<answer>"
+CHAT_TEMPLATE = ("{% for m in messages %}{{ '<ask> ' if m.role == 'user' else '<answer> ' }}{{ m.content }} {% endfor %}"
+                 "{% if add_generation_prompt %}<answer>{% endif %}")
+ARCHITECTURE = {"hidden_size": 96, "num_hidden_layers": 3, "intermediate_size": 256, "num_attention_heads": 3,
+                "num_key_value_heads": 3, "head_dim": 32, "max_position_embeddings": 512}
+"""About 0.35M parameters; head size 32 is one that vLLM accepts on a CPU."""
+
+
+def build_tokenizer() -> Any:
+    """Tokenizer of the testbed: lower-case words, single digits, `\\boxed{` as one token.
+
+    A token carries the space before it (`▁unit`), so that decoding gives back `18`, not `1 8`.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    normalizer = normalizers.Sequence([
+        normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(),
+        normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    words = pre_tokenizers.Split(Regex(r"▁?(?:\\boxed\{|[a-z]+|[0-9]|[^▁a-z0-9])"), behavior="isolated")
+    texts = [*testbed.vocabulary_texts(), GUIDE_HEAD, INSTRUCTION, "Problem type: Strategy: Steps: (a) (b) (c) (d)"]
+    pieces = {piece for text in texts for piece, _ in words.pre_tokenize_str(normalizer.normalize_str(text))}
+    pieces |= {mark + digit for digit in "0123456789" for mark in ("", "▁")} | {"}", "▁"}
+    vocabulary = [PAD, END, UNKNOWN, ASK, ANSWER, *sorted(pieces)]
+    core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(vocabulary)}, unk_token=UNKNOWN))
+    core.normalizer, core.pre_tokenizer = normalizer, words
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=END, unk_token=UNKNOWN,
+                                   additional_special_tokens=[ASK, ANSWER], chat_template=CHAT_TEMPLATE,
+                                   model_max_length=ARCHITECTURE["max_position_embeddings"],
+                                   clean_up_tokenization_spaces=False)
+
+
+def build_model(tokenizer: Any, seed: int) -> Any:
+    """Freshly initialised Qwen3 for that tokenizer; same seed, same weights."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(vocab_size=len(tokenizer), tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+                         eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **ARCHITECTURE)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config)
