@@ -26,13 +26,13 @@ class TokenBatch:
 
     input_ids_BS: Int[Tensor, "B S"]
     attention_mask_BS: Int[Tensor, "B S"]
-    predictor_N: Int[Tensor, "N"]
+    predictor_N: Int[Tensor, N]
     """Flat index into B*S of the state that predicts each response token."""
-    target_N: Int[Tensor, "N"]
+    target_N: Int[Tensor, N]
     """The response tokens themselves."""
-    row_N: Int[Tensor, "N"]
+    row_N: Int[Tensor, N]
     """Row of each response token."""
-    length_B: Int[Tensor, "B"]
+    length_B: Int[Tensor, B]
     """Response tokens of each row, the end token included."""
 
     @staticmethod
@@ -43,7 +43,11 @@ class TokenBatch:
                 raise ValueError(f"row {i}: prompt of {len(prompt)} and response of {len(response)} tokens; "
                                  "both need at least one")
         width = max(len(p) + len(r) for p, r in rows)
-        ids, mask, predictor, target, row = [], [], [], [], []
+        ids: list[list[int]] = []
+        mask: list[list[int]] = []
+        predictor: list[int] = []
+        target: list[int] = []
+        row: list[int] = []
         for i, (prompt, response) in enumerate(rows):
             used = len(prompt) + len(response)
             ids.append([*prompt, *response] + [pad_id] * (width - used))
@@ -52,12 +56,14 @@ class TokenBatch:
             predictor.extend(range(start, start + len(response)))
             target.extend(response)
             row.extend([i] * len(response))
-        def put(values: list) -> Tensor:
+
+        def put(values: list[int] | list[list[int]]) -> Tensor:
             return torch.tensor(values, dtype=torch.long, device=device)
+
         return TokenBatch(put(ids), put(mask), put(predictor), put(target), put(row),
                           put([len(r) for _, r in rows]))
 
-    def spread(self, value_B: Float[Tensor, "B"]) -> Float[Tensor, "N"]:
+    def spread(self, value_B: Float[Tensor, B]) -> Float[Tensor, N]:
         """One value per row -> one per response token."""
         return value_B.to(self.row_N.device)[self.row_N]
 

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import inspect
 import json
-import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -290,8 +289,9 @@ def override(config: RunConfig, changes: typing.Mapping[str, Any]) -> RunConfig:
         target = getattr(config, section) if section else config
         hints = typing.get_type_hints(type(target))
         checked = {k: _coerce(f"{section}.{k}".lstrip("."), v, hints[k]) for k, v in leaves.items()}
-        new = dataclasses.replace(target, **checked)
-        config = dataclasses.replace(config, **{section: new}) if section else typing.cast(RunConfig, new)
+        changed = dataclasses.replace(target, **checked)
+        fields: dict[str, Any] = {section: changed}
+        config = dataclasses.replace(config, **fields) if section else changed
     return config
 
 
@@ -308,60 +308,6 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
         return value
     wanted = want.__name__ if isinstance(want, type | types.GenericAlias) else str(want)
     raise ValueError(f"{name}: got {value!r} ({type(value).__name__}), expected {wanted}. {field_docs()[name]}")
-
-
-def validate(config: RunConfig) -> RunConfig:
-    """Refuse values that cannot work, before any work is done. Returns the same config.
-
-    Raises ValueError naming field, value, what is allowed and the cure; all faults at once.
-    """
-    m, t, d, r, e = config.method, config.train, config.data, config.rollout, config.evaluation
-    rl = m.objective == "rl"
-    choices = [
-        ("method.objective", m.objective, ("rl", "supervised")),
-        ("method.distillation", m.distillation, ("forward_kl", "none")),
-        ("method.advantage_std", m.advantage_std, ("sample", "population")),
-        ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
-        ("rollout.engine", r.engine, ("transformers",)),
-        ("train.lr_schedule", t.lr_schedule, ("constant", "linear", "cosine")),
-        ("train.track", t.track, ("", "tensorboard", "trackio", "wandb")),
-    ]
-    faults = [f"{n}: got {v!r}, expected one of {', '.join(map(repr, ok))}" for n, v, ok in choices if v not in ok]
-    checks = [
-        (not rl or m.g1 >= 2, "method.g1", m.g1, "at least 2: a group of one has no advantage (Eq. 1)"),
-        (m.g2 >= 0, "method.g2", m.g2, "0 or more"),
-        (m.distillation == "none" or not rl or m.g2 >= 1, "method.g2", m.g2,
-         "at least 1 where method.distillation is on; or set distillation='none'"),
-        (m.alpha_gamma > 0, "method.alpha_gamma", m.alpha_gamma, "above 0: Eq. 6 divides by p_auto + gamma"),
-        (m.alpha_max >= 0, "method.alpha_max", m.alpha_max, "0 or more"),
-        (m.kl_delta > 0, "method.kl_delta", m.kl_delta, "above 0 nats; inf for no clipping"),
-        (0 < m.clip_low < 1, "method.clip_low", m.clip_low, "between 0 and 1"),
-        (m.clip_high > 0, "method.clip_high", m.clip_high, "above 0"),
-        (t.steps >= 0 and t.epochs >= 0, "train.steps", t.steps, "0 or more"),
-        (t.problems_per_step >= 1, "train.problems_per_step", t.problems_per_step, "at least 1"),
-        (0 <= t.mini_batch <= t.problems_per_step, "train.mini_batch", t.mini_batch,
-         f"0 (whole batch) to problems_per_step = {t.problems_per_step}"),
-        (t.updates_per_batch >= 1, "train.updates_per_batch", t.updates_per_batch, "at least 1"),
-        (t.micro_batch >= 1, "train.micro_batch", t.micro_batch, "at least 1"),
-        (t.kl_chunk_tokens >= 1, "train.kl_chunk_tokens", t.kl_chunk_tokens, "at least 1"),
-        (t.lr > 0, "train.lr", t.lr, "above 0"),
-        (0 <= t.lr_warmup_ratio <= 1, "train.lr_warmup_ratio", t.lr_warmup_ratio, "0 to 1"),
-        (t.keep_checkpoints >= 1, "train.keep_checkpoints", t.keep_checkpoints, "at least 1"),
-        (d.n_train >= 1, "data.n_train", d.n_train, "at least 1"),
-        (0 <= d.warmup_share < 1, "data.warmup_share", d.warmup_share, "0 up to, not including, 1"),
-        (r.temperature > 0, "rollout.temperature", r.temperature, "above 0"),
-        (e.eval_temperature > 0, "evaluation.eval_temperature", e.eval_temperature, "above 0"),
-        (0 < r.top_p <= 1, "rollout.top_p", r.top_p, "above 0, at most 1"),
-        (0 < e.eval_top_p <= 1, "evaluation.eval_top_p", e.eval_top_p, "above 0, at most 1"),
-        (r.max_new_tokens >= 1, "rollout.max_new_tokens", r.max_new_tokens, "at least 1"),
-        (config.model.lora_rank >= 0, "model.lora_rank", config.model.lora_rank, "0 (train all weights) or more"),
-        (config.reward.reward_deadline_s > 0, "reward.reward_deadline_s", config.reward.reward_deadline_s, "above 0"),
-        (config.reward.reward_workers >= 1, "reward.reward_workers", config.reward.reward_workers, "at least 1"),
-    ]
-    faults += [f"{name}: got {got!r}, expected {want}" for ok, name, got, want in checks if not ok]
-    if faults:
-        raise ValueError("the configuration cannot work:\n  " + "\n  ".join(faults))
-    return config
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -400,10 +346,3 @@ def difference(a: RunConfig, b: RunConfig) -> list[str]:
     return rows
 
 
-if __name__ == "__main__":  # python -m sgpo_lib.config: the table of fields in docs/configuration.md
-    defaults = to_dict(RunConfig())
-    for name, doc in field_docs().items():
-        if name not in SECTIONS:
-            section, _, leaf = name.rpartition(".")
-            value = defaults[section][leaf] if section else defaults[leaf]
-            sys.stdout.write(f"| `{name}` | `{value!r}` | {' '.join(doc.split())} |\n")

@@ -298,3 +298,23 @@ def final_table(summaries: pd.DataFrame, metrics: pd.DataFrame | None = None, th
         rows.append((method, len(part), mean, low, high, float(steps.median()) if len(steps) else float("nan"),
                      len(steps), mean_interval(part["cpu_seconds"])[0] if "cpu_seconds" in part else float("nan")))
     return pd.DataFrame(rows, columns=columns)
+
+
+def paired_differences(summaries: pd.DataFrame, metrics: pd.DataFrame, reference: str = "sgpo",
+                       threshold: float = 0.5) -> pd.DataFrame:
+    """Each method minus `reference`, paired by seed: final accuracy and steps to `threshold`, with 95% t-intervals.
+
+    Seeds that only one of the two has are left out, as are pairs of which one never reached the threshold.
+    """
+    steps = steps_to_threshold(metrics, threshold).set_index("run")["step"] if len(metrics) else pd.Series(dtype=float)
+    frame = summaries.assign(steps=summaries["run"].map(steps))
+    base = frame[frame["method"] == reference].set_index("seed")
+    rows = []
+    for method in _methods(frame):
+        part = frame[frame["method"] == method].set_index("seed")
+        for column, name in (("test_accuracy", "final accuracy"), ("steps", f"steps to {threshold:g}")):
+            difference = (part[column] - base[column]).dropna()
+            if method != reference and len(difference):
+                mean, low, high = mean_interval(difference)
+                rows.append((method, name, len(difference), mean, low, high))
+    return pd.DataFrame(rows, columns=["method", f"minus {reference}", "pairs", "difference", "low", "high"])

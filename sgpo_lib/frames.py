@@ -35,7 +35,7 @@ def summaries_frame(runs: Iterable[Run]) -> pd.DataFrame:
         test = told.get("test") or {}
         known = {"run": run.folder.name, "profile": run.config.profile, "method": run.config.method.method,
                  "seed": run.config.seed, "setting": setting(run.config), "test_accuracy": test.get("accuracy"),
-                 "test_low": test.get("low"), "test_high": test.get("high"), "test_k": test.get("k")}
+                 "test_low": test.get("accuracy_low"), "test_high": test.get("accuracy_high"), "test_k": test.get("k")}
         rows.append({**{c: told.get(c) for c in columns}, **known})
     return pd.DataFrame(rows, columns=columns)
 

@@ -39,7 +39,7 @@ class Policy:
                               use_cache=False).last_hidden_state
         return states_BSH.flatten(0, 1)[batch.predictor_N]
 
-    def head(self) -> tuple[Float[Tensor, "V H"], Float[Tensor, "V"] | None]:
+    def head(self) -> tuple[Float[Tensor, "V H"], Float[Tensor, V] | None]:
         """Output matrix and bias: logits = hidden @ matrix.T + bias."""
         layer = self._causal_model().get_output_embeddings()
         return layer.weight, layer.bias
@@ -79,7 +79,7 @@ class Policy:
         if self.lora:
             from peft import set_peft_model_state_dict
 
-            result = set_peft_model_state_dict(self.model, load_file(file))
+            result: Any = set_peft_model_state_dict(self.model, load_file(file))
             if result.unexpected_keys:
                 raise ValueError(f"{file} does not fit this adapter: unknown {result.unexpected_keys[0]}. "
                                  "Use the lora_rank and lora_targets of the run that wrote it")
@@ -117,7 +117,9 @@ def load_policy(config: ModelConfig, source: str, seed: int) -> Policy:
     logits are not its hidden states times its output matrix (soft-capping, scaling), since Eq. 3 is computed so.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # a bar per saved checkpoint would drown a notebook's output
     local = Path(source).expanduser()
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_local and not (local / "config.json").exists():
@@ -131,7 +133,7 @@ def load_policy(config: ModelConfig, source: str, seed: int) -> Policy:
         raise ValueError(f"model.source: no usable tokenizer at {source!r} ({str(error).splitlines()[0]}). "
                          "Save one beside the weights, or check the name") from None
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             local if looks_local else source, dtype=getattr(torch, config.dtype), use_safetensors=True,
             attn_implementation=config.attention, **kwargs)
     except OSError as error:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sgpo_lib.config import MethodConfig, RunConfig, override, unknown, validate
+from sgpo_lib.config import MethodConfig, RunConfig, override, unknown
+from sgpo_lib.config_checks import validate
 
 METHODS: dict[str, MethodConfig] = {
     "sgpo": MethodConfig(method="sgpo"),
@@ -26,7 +27,7 @@ warm-up on expert solutions."""
 _TINY: dict[str, Any] = {
     "model.source": "tiny", "train.torch_threads": 1, "model.device": "cpu",
     "data.problems": "testbed", "n_train": 400, "n_validation": 60, "n_test": 200,
-    "max_new_tokens": 48, "steps": 60, "problems_per_step": 10, "lr": 3e-4, "lr_warmup_ratio": 0.15,
+    "max_new_tokens": 48, "steps": 60, "problems_per_step": 10, "lr": 1e-4, "lr_warmup_ratio": 0.15,
     "eval_every": 5, "eval_problems": 60, "eval_k": 2, "test_k": 4, "eval_temperature": 0.6,
 }
 _SMOLLM2: dict[str, Any] = {
@@ -57,6 +58,15 @@ PROFILES: dict[str, dict[str, Any]] = {
     "llama3-8b": {**_PAPER, "model.source": "meta-llama/Llama-3.1-8B-Instruct"},
 }
 """Profile -> the fields in which it differs from the defaults of `config.py`."""
+
+NOTEBOOK_FIELDS: dict[str, str] = {
+    "overrides": "Any other configuration fields by name, short or dotted.",
+    "baseline": "Method that a notebook trains beside SGPO; empty for none.",
+    "warmup_steps": "Steps of the supervised warm-up run that comes before RL; 0 for none.",
+    "run": "Folder of one finished run.",
+    "runs": "Folders of several runs; empty for all that fit.",
+}
+"""Parameters of notebooks that are not configuration fields; every other parameter is one."""
 
 
 def from_parameters(profile: str = "tiny", method: str = "sgpo", seed: int = 0, **overrides: Any) -> RunConfig:

@@ -1,10 +1,10 @@
-"""What runs inside the verifier's worker processes: Math-Verify, reasoning-gym's scorers, a user's reward.
+"""What runs inside the verifier's workers: Math-Verify (called here only), reasoning-gym, a user's reward.
 
 `start` prepares a worker and `work` does one task; nothing else is called from outside, and nothing here may run in a
 training process: a task can hang, exhaust its memory or end its process, which `rewards.py` takes into account.
 Math-Verify's own time limits use SIGALRM, which fails off the main thread; they are switched off, and the deadline of
 the pool takes their place. A worker imports neither torch nor transformers; Math-Verify and SymPy are imported inside
-functions, so that the parent, which imports this module for two names, does without them.
+functions, so that the parent, which imports this module for a few names, does without them.
 Order: answers, equivalence, reward_worker, rewards.
 """
 

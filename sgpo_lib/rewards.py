@@ -1,4 +1,4 @@
-"""Judge responses: the only caller of Math-Verify, in worker processes that are killed at a deadline.
+"""Judge responses: the parent's side of the verifier, whose worker processes are killed at a deadline.
 
 `Verifier.judge` reads the final answer (`answers.py`), settles plain numbers and identical texts at once
 (`equivalence.py`), and sends the rest to a `pebble.ProcessPool`, one task per distinct (gold, answer), which

@@ -181,6 +181,9 @@ def open_run(config: RunConfig, root: Path | None = None, name: str | None = Non
     Raises ValueError where the folder holds another configuration, listing the fields that differ.
     """
     folder = (root or runs_root()) / (name or config.label)
+    if job := os.environ.get("SGPO_JOB"):  # set by launch.py: which runs an executed notebook made or read
+        with (Path(job) / "runs.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{folder}\n")
     if (folder / "config.yaml").exists():
         there = from_yaml(folder / "config.yaml")
         if there != config:

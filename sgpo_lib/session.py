@@ -37,15 +37,29 @@ FINAL = "final"
 
 
 @dataclass
-class Session:
-    """One run in progress."""
+class OpenModel:
+    """A policy that can be sampled and judged on its problems: what a notebook needs to look at one."""
 
     config: RunConfig
-    run: Run
     policy: Policy
     engine: Engine
     verifier: Verifier
     splits: Splits
+
+    def evaluate(self, problems: Sequence[Problem], k: int, seed_key: tuple[object, ...]) -> Evaluation:
+        """avg@k of the unguided policy with the config's evaluation settings."""
+        settings = self.config.evaluation
+        return evaluate(self.engine, self.policy.tokenizer, self.verifier, problems, k=k,
+                        temperature=settings.eval_temperature, top_p=settings.eval_top_p,
+                        max_new_tokens=settings.eval_max_new_tokens or self.config.rollout.max_new_tokens,
+                        seed_key=seed_key)
+
+
+@dataclass
+class Session(OpenModel):
+    """One run in progress."""
+
+    run: Run
     optimizer: torch.optim.Optimizer
     total_steps: int
     step: int = 0
@@ -109,14 +123,6 @@ class Session:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def evaluate(self, problems: Sequence[Problem], k: int, seed_key: tuple[object, ...]) -> Evaluation:
-        """avg@k of the unguided policy with the run's evaluation settings."""
-        settings = self.config.evaluation
-        return evaluate(self.engine, self.policy.tokenizer, self.verifier, problems, k=k,
-                        temperature=settings.eval_temperature, top_p=settings.eval_top_p,
-                        max_new_tokens=settings.eval_max_new_tokens or self.config.rollout.max_new_tokens,
-                        seed_key=seed_key)
-
     def save(self) -> None:
         """Checkpoint the state after `step` steps."""
         def write(folder: Path) -> None:
@@ -137,11 +143,11 @@ class Session:
         self.run.forget_after(self.step)
 
 
-@contextlib.contextmanager
-def open_session(config: RunConfig, run: Run) -> Iterator[Session]:
-    """Load everything that a run needs and check it, before any work.
+def open_model(config: RunConfig) -> OpenModel:
+    """Load problems and policy (with the weights of `init_from`, where it is set), ready to sample and judge.
 
-    Raises ValueError for whatever cannot work: problems, strategies, model, prompts longer than the context.
+    The verifier's processes start on first use and end with this process, or with `verifier.close()`.
+    Raises ValueError for whatever cannot work: problems, model, weights.
     """
     if config.train.torch_threads:
         torch.set_num_threads(config.train.torch_threads)
@@ -149,16 +155,23 @@ def open_session(config: RunConfig, run: Run) -> Iterator[Session]:
     policy = load_policy(config.model, base_source(config.model), config.seed)
     if config.train.init_from:
         policy.load(final_weights(config.train.init_from))
-    train = config.train
+    engine = TransformersEngine(policy, config.rollout.rollout_batch)
+    return OpenModel(config, policy, engine, Verifier(config.reward), splits)
+
+
+@contextlib.contextmanager
+def open_session(config: RunConfig, run: Run) -> Iterator[Session]:
+    """A training session: the model, an optimizer, and the number of steps. Raises what `open_model` raises."""
+    model = open_model(config)
+    policy, splits, train = model.policy, model.splits, config.train
     optimizer = torch.optim.AdamW(policy.parameters(), lr=train.lr, betas=(train.adam_beta1, train.adam_beta2),
                                   weight_decay=train.weight_decay, foreach=False)
     supervised = config.method.objective == "supervised"
     items = (splits.warmup or splits.train) if supervised else splits.train
     per_epoch = max(1, len(items) // min(train.problems_per_step, len(items)))
     total = math.ceil(train.epochs * per_epoch) if train.epochs else train.steps
-    engine = TransformersEngine(policy, config.rollout.rollout_batch)
-    with Verifier(config.reward) as verifier:
-        yield Session(config, run, policy, engine, verifier, splits, optimizer, total)
+    with model.verifier:
+        yield Session(config, policy, model.engine, model.verifier, splits, run, optimizer, total)
 
 
 def final_weights(run_folder: str) -> Path:

@@ -30,8 +30,12 @@ SMALLEST, LARGEST = 1, 99
 OPENING = "plan :"
 """Guided-only wording."""
 GUIDED_OPENING_RATE, UNGUIDED_OPENING_RATE = 0.9, 0.02
-OBEY_RATE = 0.93
-"""How often a guided example of the base takes the fork that its strategy names."""
+OBEY_RATE = 0.88
+"""How often a guided example of the base takes the fork that its strategy names. Not 1: a guided side without doubt
+has a divergence of -ln p, and delta = 1 nat would mask every fork that the unguided side takes less than .37 of the
+time."""
+FORK_LOW, FORK_HIGH = 0.25, 0.55
+"""Range of the unguided chance of a right fork."""
 HELD_OUT_TEMPLATE = 2
 """Index of the wording that training never sees."""
 
@@ -126,9 +130,9 @@ def generate(seed: int, *, held_out: str = "none", families: Sequence[str] = ())
 
 
 def fork_probabilities(family: Family, seed: int) -> tuple[float, ...]:
-    """Chance that the unguided base takes each right fork: .3 to .7, fixed per family and step."""
+    """Chance that the unguided base takes each right fork, fixed per family and step."""
     rng = random.Random(f"forks-{seed}-{family.name}")
-    return tuple(rng.uniform(0.3, 0.7) for _ in family.forks)
+    return tuple(rng.uniform(FORK_LOW, FORK_HIGH) for _ in family.forks)
 
 
 def mixture(seed: int, count: int) -> list[Example]:

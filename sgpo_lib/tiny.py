@@ -14,10 +14,12 @@ from sgpo_lib import testbed
 from sgpo_lib.prompts import GUIDE_HEAD, INSTRUCTION
 
 PAD, END, UNKNOWN, ASK, ANSWER = "<pad>", "<end>", "<unk>", "<ask>", "<answer>"
-CHAT_TEMPLATE = ("{% for m in messages %}{{ '<ask> ' if m.role == 'user' else '<answer> ' }}{{ m.content }} {% endfor %}"
+CHAT_TEMPLATE = ("{% for m in messages %}{{ '<ask> ' if m.role == 'user' else '<answer> ' }}"
+                 "{{ m.content }} {% endfor %}"
                  "{% if add_generation_prompt %}<answer>{% endif %}")
-ARCHITECTURE = {"hidden_size": 96, "num_hidden_layers": 3, "intermediate_size": 256, "num_attention_heads": 3,
-                "num_key_value_heads": 3, "head_dim": 32, "max_position_embeddings": 512}
+ARCHITECTURE: dict[str, Any] = {
+    "hidden_size": 96, "num_hidden_layers": 3, "intermediate_size": 256, "num_attention_heads": 3,
+    "num_key_value_heads": 3, "head_dim": 32, "max_position_embeddings": 512}
 """About 0.35M parameters; head size 32 is one that vLLM accepts on a CPU."""
 
 

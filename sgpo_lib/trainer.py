@@ -117,7 +117,7 @@ def _loop(session: Session, on_row: OnRow | None) -> None:
 
 def sgpo_step(session: Session, step: int) -> dict[str, Any]:
     """One iteration of Algorithm 1 (lines 4 to 21); returns the step's metrics."""
-    config, method, train_config = session.config, session.config.method, session.config.train
+    config, train_config = session.config, session.config.train
     problems = session.batch_of(session.splits.train, step)  # line 4
 
     with session.phase("sample"):  # lines 6 to 8

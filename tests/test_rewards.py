@@ -72,7 +72,10 @@ def test_extract_answer(completion: str | None, answer: str) -> None:
     (r"\{2+\sqrt3,2-\sqrt3\}", r"2\pm\sqrt{3}"), (r"\text{(B)}", "B"), (r"\text{Yes}", "yes"), ("2:3", "4:6"),
     ("1011_2", "1011_{2}"), (r"2\cos\frac{\pi}{5}", r"\frac{1+\sqrt5}{2}"), (r"\frac{\pi}{2}", "π/2"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\ 4/2\end{bmatrix}"), ("3+4i", "4i+3"),
-    ("0", r"\sin^2 x+\cos^2 x-1"),
+    ("0", r"\sin^2 x+\cos^2 x-1"), (r"2\sqrt{3}", "2√3"), (r"(-\infty,3]", "x<=3"), (r"\frac{\pi}{2}", "pi/2"),
+    (r"(-\infty,\infty)", r"\mathbb R"), (r"\emptyset", r"\{\}"), (r"\sin x", r"\operatorname{sin} x"),
+    (r"\{0\}\cup(1,2]", r"(1,2]\cup\{0\}"), ("(1,2)", r"(1,2)\cup\emptyset"), ("5", r"5\operatorname{text}{}"),
+    ("5", r"\begin{align*}5\end{align*}"), ("1,2,3,4,5", r"1,2,\ldots,5"), ("½", "0.5"), ("x²", "x^2"),
     ("5", "(" * 2000 + "5" + ")" * 2000), ("2^{65536}", "2^{2^{16}}"),
 ])  # fmt: skip
 def test_right_answers(verifier: Verifier, gold: str, answer: str) -> None:
@@ -139,6 +142,8 @@ def bomb(completion, problem):
     if completion == "hang": time.sleep(1000)
     if completion == "exit": os._exit(3)
     if completion == "raise": raise KeyError("broken")
+    if completion == "long": raise ValueError("lost\\n" * 500)
+    if completion == "leave": sys.exit("bye")
     if completion == "memory": bytearray(8 << 30)
     return 1.0
 def heavy(completion, problem): return float("torch" in sys.modules or "transformers" in sys.modules)
@@ -156,11 +161,19 @@ def test_hang_and_death_cost_only_their_own_verdict(user_module: str) -> None:
     with Verifier(RewardConfig(reward=f"{user_module}:bomb", reward_deadline_s=1.0)) as v:
         texts = ["a", "hang", "b", "exit", "c", "raise", "d", "memory", "e"]
         verdicts = v.judge([(Problem(t, "", "1"), t) for t in texts])
-        assert [x.reason for x in verdicts] == ["", "timeout", "", "crash", "", "crash", "", "memory", ""]
+        assert [x.reason for x in verdicts] == ["", "timeout", "", "crash: the worker ended with code 3", "",
+                                                "crash: KeyError: 'broken'", "", "memory", ""]  # fmt: skip
         assert [x.reward for x in verdicts] == [1, 0, 1, 0, 1, 0, 1, 0, 1]
         pool = v._holder["pool"]
         pool.stop()  # a pool that broke between two calls
         assert one(v, "1", "again").correct
+
+
+def test_a_crash_of_a_users_reward_says_in_short_what_was_raised(user_module: str) -> None:
+    with Verifier(RewardConfig(reward=f"{user_module}:bomb")) as v:
+        long, leave = v.judge([(Problem(t, "", "1"), t) for t in ("long", "leave")])
+    assert long.reason == ("crash: ValueError: " + "lost " * 500)[:200]
+    assert (leave.status, leave.reason) == ("unverifiable", "crash: SystemExit: bye")
 
 
 def test_user_reward_values(user_module: str) -> None:

@@ -19,25 +19,28 @@ from torch import Tensor
 from sgpo_lib.losses.masked import LossOutput
 
 
-def group_advantages(reward_G: Float[Tensor, "G"], eps: float, std: str = "sample") -> Float[Tensor, "G"]:
+def group_advantages(reward_G: Float[Tensor, G], eps: float, std: str = "sample") -> Float[Tensor, G]:
     """A_i = (r_i - mean) / (std + eps) within one group; zeros where all rewards are equal.
 
     `std` is `sample` (divides by G-1) or `population` (by G). Raises ValueError for fewer than two rewards.
     """
     if reward_G.numel() < 2:
         raise ValueError(f"a group of {reward_G.numel()} has no relative advantage; at least 2 are needed")
+    if bool((reward_G == reward_G[0]).all()):  # exactly, not up to the rounding of the mean
+        return torch.zeros_like(reward_G)
     centred_G = reward_G - reward_G.mean()
     return centred_G / (reward_G.std(correction=1 if std == "sample" else 0) + eps)
 
 
-def grpo_loss(logp_N: Float[Tensor, "N"], old_logp_N: Float[Tensor, "N"], advantage_N: Float[Tensor, "N"],
-              weight_N: Float[Tensor, "N"], clip_low: float, clip_high: float) -> LossOutput:
+def grpo_loss(logp_N: Float[Tensor, N], old_logp_N: Float[Tensor, N], advantage_N: Float[Tensor, N],
+              weight_N: Float[Tensor, N], clip_low: float, clip_high: float) -> LossOutput:
     """-sum_n w_n min(rho_n A_n, clip(rho_n, 1 - clip_low, 1 + clip_high) A_n), rho = exp(logp - old_logp).
 
     `logp_N` carries the gradient (nats); `weight_N` is 1 / (B G1 |o_i|) for the paper's aggregation: token mean
     within a response, mean over the group, mean over problems.
     """
-    ratio_N = (logp_N - old_logp_N).exp()
+    # far beyond either bound exp() would overflow, and 0 * inf in its backward pass is NaN
+    ratio_N = (logp_N - old_logp_N).clamp(-20.0, 20.0).exp()
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
     surrogate_N = torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N)
     bound_N = clipped_N * advantage_N < ratio_N * advantage_N

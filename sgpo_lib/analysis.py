@@ -1,0 +1,89 @@
+"""What strategy conditioning does to every token of a response, under both prompts of the same weights.
+
+Shape suffixes: N response tokens, H hidden size, V vocabulary. All quantities in nats.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+
+from sgpo_lib.batching import TokenBatch
+from sgpo_lib.losses.token_kl import forward_kl_guided_to_unguided, token_logp_and_entropy
+from sgpo_lib.policy import Policy
+from sgpo_lib.prompts import prompt_ids
+from sgpo_lib.records import Problem
+
+_STEP_END = re.compile(r"[.;?!:]\s*$|\n\s*$")
+_DECIMAL = re.compile(r"\d\.\s*$")
+
+
+@torch.no_grad()
+def token_frame(policy: Policy, problem: Problem, response: Sequence[int], delta: float = 1.0,
+                chunk: int = 256) -> pd.DataFrame:
+    """One row per response token, from two forward passes over the same response.
+
+    Columns: `token` (its text), `step` (index of the reasoning step), `kl` (forward KL guided to unguided, Eq. 3,
+    exact over the vocabulary), `kept` (kl <= delta, Eq. 5), `guided_logp`, `unguided_logp`, `sft_loss`
+    (-unguided_logp), `guided_entropy`, `unguided_entropy`.
+    Raises ValueError where the problem has no strategy or the response is empty.
+    """
+    batches = {guided: TokenBatch.build([(prompt_ids(policy.tokenizer, problem, guided=guided), tuple(response))],
+                                        policy.pad_id(), policy.device) for guided in (True, False)}
+    training = policy.model.training
+    policy.model.eval()
+    hidden = {guided: policy.response_hidden(batch) for guided, batch in batches.items()}
+    policy.model.train(training)
+    head = policy.head()
+    target_N = batches[False].target_N
+    guided_logp_N, guided_entropy_N = token_logp_and_entropy(hidden[True], target_N, *head, chunk)
+    unguided_logp_N, unguided_entropy_N = token_logp_and_entropy(hidden[False], target_N, *head, chunk)
+    kl_N = forward_kl_guided_to_unguided(hidden[True], hidden[False], *head, chunk)
+    tokens = token_texts(policy, response)
+    return pd.DataFrame({
+        "token": tokens, "step": step_of_tokens(tokens), "kl": kl_N.tolist(), "kept": (kl_N <= delta).tolist(),
+        "guided_logp": guided_logp_N.tolist(), "unguided_logp": unguided_logp_N.tolist(),
+        "sft_loss": (-unguided_logp_N).tolist(), "guided_entropy": guided_entropy_N.tolist(),
+        "unguided_entropy": unguided_entropy_N.tolist()})
+
+
+def token_texts(policy: Policy, response: Sequence[int]) -> list[str]:
+    """Text of each token as it adds to the decoded response, so that the texts join to the whole."""
+    texts, before = [], ""
+    for end in range(1, len(response) + 1):
+        after = policy.tokenizer.decode(response[:end])
+        texts.append(after[len(before):] if after.startswith(before) else policy.tokenizer.decode(response[end - 1]))
+        before = after
+    return texts
+
+
+def step_of_tokens(tokens: Sequence[str]) -> list[int]:
+    """Reasoning step of each token: a step ends with a line, a sentence or a semicolon (not with a decimal point)."""
+    steps, current, text = [], 0, ""
+    for i, token in enumerate(tokens):
+        steps.append(current)
+        text += token
+        following = tokens[i + 1] if i + 1 < len(tokens) else ""
+        decimal = _DECIMAL.search(text) and following[:1].isdigit()
+        if _STEP_END.search(text) and text.strip() and not decimal and following.strip():
+            current, text = current + 1, ""
+    return steps
+
+
+def step_frame(tokens: pd.DataFrame) -> pd.DataFrame:
+    """One row per reasoning step: its text, tokens, mean KL and mean SFT loss (nats per token)."""
+    grouped = tokens.groupby("step")
+    frame = grouped.agg(kl=("kl", "mean"), sft_loss=("sft_loss", "mean"), tokens=("kl", "size")).reset_index()
+    frame["text"] = grouped["token"].agg("".join).str.strip().to_list()
+    return frame
+
+
+def top_share(tokens: pd.DataFrame, share: float = 0.1) -> float:
+    """Share of the response's whole KL that its top `share` of tokens hold (at least one token)."""
+    ordered = tokens["kl"].sort_values(ascending=False)
+    count = max(1, round(share * len(ordered)))
+    total = float(ordered.sum())
+    return float(ordered.head(count).sum()) / total if total > 0 else 0.0
