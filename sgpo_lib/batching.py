@@ -26,18 +26,20 @@ class TokenBatch:
 
     input_ids_BS: Int[Tensor, "B S"]
     attention_mask_BS: Int[Tensor, "B S"]
-    predictor_N: Int[Tensor, N]
+    predictor_N: Int[Tensor, "N"]
     """Flat index into B*S of the state that predicts each response token."""
-    target_N: Int[Tensor, N]
+    target_N: Int[Tensor, "N"]
     """The response tokens themselves."""
-    row_N: Int[Tensor, N]
+    row_N: Int[Tensor, "N"]
     """Row of each response token."""
-    length_B: Int[Tensor, B]
+    length_B: Int[Tensor, "B"]
     """Response tokens of each row, the end token included."""
 
     @staticmethod
     def build(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu") -> TokenBatch:
         """Pad rows on the right. Raises ValueError for an empty prompt or response: it has nothing to predict."""
+        if not rows:
+            raise ValueError("a batch needs at least one row")
         for i, (prompt, response) in enumerate(rows):
             if not len(prompt) or not len(response):
                 raise ValueError(f"row {i}: prompt of {len(prompt)} and response of {len(response)} tokens; "
@@ -63,7 +65,7 @@ class TokenBatch:
         return TokenBatch(put(ids), put(mask), put(predictor), put(target), put(row),
                           put([len(r) for _, r in rows]))
 
-    def spread(self, value_B: Float[Tensor, B]) -> Float[Tensor, N]:
+    def spread(self, value_B: Float[Tensor, "B"]) -> Float[Tensor, "N"]:
         """One value per row -> one per response token."""
         return value_B.to(self.row_N.device)[self.row_N]
 

@@ -320,7 +320,7 @@ def _read(field: str, path: Path, parse: Callable[[dict[str, Any], int], None], 
             faults.append(f"{path}:{line}: {error}")
     if faults:
         shown = faults[:10] + [f"and {len(faults) - 10} more"] * (len(faults) > 10)
-        raise ValueError("\n  ".join([f"{path} has {len(faults)} faulty lines:", *shown]))
+        raise ValueError("\n  ".join([f"{path} has {len(faults)} faulty line(s):", *shown]))
 
 
 def _got(value: Any) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sgpo_lib.config import MethodConfig, RunConfig, override, unknown
 from sgpo_lib.config_checks import validate
+from sgpo_lib.tiny import base_key
 
 METHODS: dict[str, MethodConfig] = {
     "sgpo": MethodConfig(method="sgpo"),
@@ -83,4 +84,7 @@ def from_parameters(profile: str = "tiny", method: str = "sgpo", seed: int = 0, 
     config = override(RunConfig(profile=profile, seed=seed, method=METHODS[method]), PROFILES[profile])
     if config.method.objective == "supervised":
         config = override(config, _SFT.get(profile, _SFT["paper"]))
-    return validate(override(config, overrides))
+    config = override(config, overrides)
+    if config.model.source == "tiny" and not config.model.revision:
+        config = override(config, {"model.revision": base_key()})
+    return validate(config)

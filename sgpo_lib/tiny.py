@@ -8,9 +8,11 @@ Imports torch and transformers only inside functions.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from typing import Any
 
-from sgpo_lib import testbed
+from sgpo_lib import prompts, testbed, testbed_families
 from sgpo_lib.prompts import GUIDE_HEAD, INSTRUCTION
 
 PAD, END, UNKNOWN, ASK, ANSWER = "<pad>", "<end>", "<unk>", "<ask>", "<answer>"
@@ -21,6 +23,18 @@ ARCHITECTURE: dict[str, Any] = {
     "hidden_size": 96, "num_hidden_layers": 3, "intermediate_size": 256, "num_attention_heads": 3,
     "num_key_value_heads": 3, "head_dim": 32, "max_position_embeddings": 512}
 """About 0.35M parameters; head size 32 is one that vLLM accepts on a CPU."""
+STEPS, BATCH, LR, SEED = 400, 64, 2.5e-2, 0
+"""Supervised training of the base (`bases.py`): steps, examples a step, Muon's peak learning rate, seed."""
+
+
+def base_key() -> str:
+    """8 hex digits that change with whatever decides the base: families, mixture, prompts, tokenizer, schedule.
+
+    It is the `model.revision` of a run on `tiny`, so that runs from different bases are never taken for one.
+    """
+    text = "".join(inspect.getsource(module) for module in (testbed, testbed_families, prompts))
+    text += inspect.getsource(build_tokenizer) + inspect.getsource(build_model)
+    return hashlib.sha256(f"{text}{CHAT_TEMPLATE}{ARCHITECTURE}{STEPS, BATCH, LR, SEED}".encode()).hexdigest()[:8]
 
 
 def build_tokenizer() -> Any:

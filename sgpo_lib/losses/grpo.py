@@ -6,6 +6,8 @@ Departures and choices:
 3. "Unit variance" leaves open which: the group's sample standard deviation plus eps, as in veRL; both are arguments.
 4. `old_logp` are the trainer's own log-probabilities at rollout time, not the sampler's: with top-p below 1 the
    sampler draws from a truncated distribution, whose log-probabilities are another quantity.
+5. The log-ratio is held within 20 nats, where exp() in float32 is still finite. It matters only for A < 0 and a ratio
+   above e^20, where the gradient is 0 instead of unbounded.
 
 Shapes: N response tokens, G responses of one problem's group.
 """
@@ -19,11 +21,13 @@ from torch import Tensor
 from sgpo_lib.losses.masked import LossOutput
 
 
-def group_advantages(reward_G: Float[Tensor, G], eps: float, std: str = "sample") -> Float[Tensor, G]:
+def group_advantages(reward_G: Float[Tensor, "G"], eps: float, std: str = "sample") -> Float[Tensor, "G"]:
     """A_i = (r_i - mean) / (std + eps) within one group; zeros where all rewards are equal.
 
     `std` is `sample` (divides by G-1) or `population` (by G). Raises ValueError for fewer than two rewards.
     """
+    if std not in ("sample", "population"):
+        raise ValueError(f"std: got {std!r}, expected 'sample' or 'population'")
     if reward_G.numel() < 2:
         raise ValueError(f"a group of {reward_G.numel()} has no relative advantage; at least 2 are needed")
     if bool((reward_G == reward_G[0]).all()):  # exactly, not up to the rounding of the mean
@@ -32,8 +36,8 @@ def group_advantages(reward_G: Float[Tensor, G], eps: float, std: str = "sample"
     return centred_G / (reward_G.std(correction=1 if std == "sample" else 0) + eps)
 
 
-def grpo_loss(logp_N: Float[Tensor, N], old_logp_N: Float[Tensor, N], advantage_N: Float[Tensor, N],
-              weight_N: Float[Tensor, N], clip_low: float, clip_high: float) -> LossOutput:
+def grpo_loss(logp_N: Float[Tensor, "N"], old_logp_N: Float[Tensor, "N"], advantage_N: Float[Tensor, "N"],
+              weight_N: Float[Tensor, "N"], clip_low: float, clip_high: float) -> LossOutput:
     """-sum_n w_n min(rho_n A_n, clip(rho_n, 1 - clip_low, 1 + clip_high) A_n), rho = exp(logp - old_logp).
 
     `logp_N` carries the gradient (nats); `weight_N` is 1 / (B G1 |o_i|) for the paper's aggregation: token mean
