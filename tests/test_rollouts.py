@@ -1,0 +1,124 @@
+"""Sampling: repeatable per sample whatever the batch, drawn from the nucleus, token ids kept."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from sgpo_lib import testbed, tiny
+from sgpo_lib.batching import TokenBatch
+from sgpo_lib.losses.token_kl import token_logp_and_entropy
+from sgpo_lib.policy import Policy
+from sgpo_lib.prompts import prompt_ids
+from sgpo_lib.recipes import from_parameters
+from sgpo_lib.records import Verdict
+from sgpo_lib.rollouts.groups import rollout_rows, sample_groups
+from sgpo_lib.rollouts.interface import SampleRequest, sample_seed
+from sgpo_lib.rollouts.transformers_engine import TransformersEngine
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    tokenizer = tiny.build_tokenizer()
+    return Policy(tiny.build_model(tokenizer, 1), tokenizer, torch.device("cpu"), lora=False, context=512)
+
+
+def requests(policy: Policy, count: int) -> list[SampleRequest]:
+    problems = itertools.islice(testbed.generate(1), count)
+    return [SampleRequest(prompt_ids(policy.tokenizer, p, guided=i % 2 == 0), sample_seed("test", i))
+            for i, p in enumerate(problems)]
+
+
+def test_a_sample_depends_on_its_seed_and_not_on_its_batch(policy):
+    wanted = requests(policy, 7)
+    settings = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 12}
+    together = TransformersEngine(policy, 64).sample(wanted, **settings)
+    apart = TransformersEngine(policy, 2).sample(wanted, **settings)
+    backwards = TransformersEngine(policy, 64).sample(wanted[::-1], **settings)[::-1]
+    torch.manual_seed(123)  # the global generator plays no part
+    again = TransformersEngine(policy, 64).sample(wanted, **settings)
+    for a, b, c, d in zip(together, apart, backwards, again, strict=True):
+        assert a.token_ids == b.token_ids == c.token_ids == d.token_ids
+    other = [SampleRequest(r.prompt_ids, r.seed + 1) for r in wanted]
+    assert [s.token_ids for s in TransformersEngine(policy, 64).sample(other, **settings)] != \
+           [s.token_ids for s in together]
+
+
+def test_draws_follow_the_nucleus_of_an_independent_computation(policy):
+    """First tokens of 6,000 samples against the float64 nucleus: no token outside it, frequencies within 5 sigma."""
+    prompt = requests(policy, 1)[0].prompt_ids
+    temperature, top_p, count = 0.7, 0.6, 6000
+    with torch.no_grad():
+        logits = policy.model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / temperature
+    weights = [math.exp(x - float(logits.max())) for x in logits.tolist()]
+    probability = {i: w / sum(weights) for i, w in enumerate(weights)}
+    nucleus, mass = {}, 0.0
+    for token in sorted(probability, key=lambda i: -probability[i]):
+        if mass >= top_p:
+            break
+        nucleus[token] = probability[token]
+        mass += probability[token]
+    drawn = TransformersEngine(policy, 6000).sample(
+        [SampleRequest(prompt, sample_seed("nucleus", i)) for i in range(count)],
+        temperature=temperature, top_p=top_p, max_new_tokens=1)
+    counts: dict[int, int] = {}
+    for sample in drawn:
+        counts[sample.token_ids[0]] = counts.get(sample.token_ids[0], 0) + 1
+    assert set(counts) <= set(nucleus)
+    for token, p in nucleus.items():
+        expected = p / mass
+        sigma = math.sqrt(expected * (1 - expected) / count)
+        assert abs(counts.get(token, 0) / count - expected) < 5 * sigma + 1e-9
+
+
+def test_recorded_log_probabilities_are_the_trainers(policy):
+    wanted = requests(policy, 5)
+    samples = TransformersEngine(policy, 8).sample(wanted, temperature=1.3, top_p=0.8, max_new_tokens=10)
+    batch = TokenBatch.build([(r.prompt_ids, s.token_ids) for r, s in zip(wanted, samples, strict=True)],
+                             policy.pad_id())
+    with torch.no_grad():
+        logp_N, _ = token_logp_and_entropy(policy.response_hidden(batch), batch.target_N, *policy.head(), 64)
+    recorded = torch.tensor([x for s in samples for x in s.logp])
+    assert torch.allclose(logp_N, recorded, atol=2e-5)
+
+
+def test_the_end_token_belongs_to_the_response_and_nothing_after_it(policy):
+    """A model that must end: the bias of the end token is raised through its embedding's row."""
+    tokenizer = tiny.build_tokenizer()
+    model = tiny.build_model(tokenizer, 2)
+    ending = Policy(model, tokenizer, torch.device("cpu"), lora=False, context=512)
+    wanted = requests(ending, 40)
+    samples = TransformersEngine(ending, 64).sample(wanted, temperature=3.0, top_p=1.0, max_new_tokens=200)
+    stops = set(ending.stop_ids())
+    assert {s.stop for s in samples} == {"end", "length"}, "both ways to stop occur in this draw"
+    for sample in samples:
+        assert len(sample.logp) == len(sample.token_ids)
+        assert (sample.token_ids[-1] in stops) == (sample.stop == "end")
+        assert not stops & set(sample.token_ids[:-1])
+
+
+def test_a_prompt_without_room_is_refused(policy):
+    with pytest.raises(ValueError, match="context is 512 tokens"):
+        TransformersEngine(policy, 8).sample(requests(policy, 1), temperature=1.0, top_p=1.0, max_new_tokens=500)
+
+
+def test_groups_are_sampled_under_their_own_prompts(policy):
+    config = from_parameters("tiny", g1=3, g2=2, max_new_tokens=6)
+    problems = list(itertools.islice(testbed.generate(2), 2))
+    groups = sample_groups(TransformersEngine(policy, 16), policy.tokenizer, problems, config, step=4)
+    for group, problem in zip(groups, problems, strict=True):
+        assert [len(group.autonomous), len(group.guided)] == [3, 2]
+        assert all(o.prompt_ids == prompt_ids(policy.tokenizer, problem, guided=False) for o in group.autonomous)
+        assert all(o.prompt_ids == prompt_ids(policy.tokenizer, problem, guided=True) for o in group.guided)
+        tail = len(group.unguided_prompt_ids) - 1  # both prompts end in the same words
+        assert group.guided_prompt_ids[-tail:] == group.unguided_prompt_ids[-tail:]
+        for o in (*group.autonomous, *group.guided):
+            o.verdict = Verdict("wrong", 0.0)
+    rows = rollout_rows(groups)
+    assert len(rows) == 10 and rows[0]["tokens"] == list(groups[0].autonomous[0].token_ids)
+    with pytest.raises(ValueError, match="has not been judged"):
+        groups[0].autonomous[0].verdict = None
+        _ = groups[0].p_auto
