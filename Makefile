@@ -6,6 +6,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # SMOKE=1: the same series with the small parameters of the batch file. JOBS=N: processes at a time.
 SERIES := quickstart$(if $(SMOKE),-smoke)
+# LOCK=gpu on a GPU node: CUDA torch, vLLM, Ray, submitit and trackers.
+LOCK ?= run
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: help venv venv-test run test test-quick check lab lock clean
@@ -16,17 +18,17 @@ help:  ## List the targets
 
 venv: .venv/.run-stamp  ## Create .venv and install the pinned packages (again only when they change)
 
-.venv/.run-stamp: requirements/run.lock pyproject.toml
+.venv/.run-stamp: requirements/$(LOCK).lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 	  { echo "make: python -m venv failed. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "== installing the pinned packages into .venv (a few minutes the first time)"
-	@$(PIP) install --no-deps -r requirements/run.lock
+	@$(PIP) install --no-deps -r requirements/$(LOCK).lock
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
 	  echo "== this torch is a CUDA build: adding the CUDA packages that it names"; \
-	  $(PIP) install "torch==$$(sed -n 's/^torch==//p' requirements/run.lock)" && $(BIN)/python -c 'import torch'; }
+	  $(PIP) install "torch==$$(sed -n 's/^torch==//p' requirements/$(LOCK).lock)" && $(BIN)/python -c 'import torch'; }
 	@touch $@
 
 venv-test: .venv/.test-stamp  ## The same with what the tests and checks need

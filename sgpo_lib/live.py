@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ from IPython.display import display
 from sgpo_lib.config import RunConfig
 from sgpo_lib.figures import learning_curves
 
-LINE_EVERY = 10
-"""Steps between printed lines."""
+LINE_EVERY, SLOW_SECONDS = 10, 3.0
+"""Steps between printed lines; steps slower than this get a line each."""
 
 
 class LiveCurves:
@@ -32,8 +33,7 @@ class LiveCurves:
 
         def receive(row: dict[str, Any]) -> None:
             self.rows.append({**about, **row})
-            if row["kind"] in ("train", "supervised") and (row["step"] % LINE_EVERY == 0 or row["step"] == 1):
-                print(f"{config.label}: {progress_line(row)}", flush=True)
+            print_row(config, row)
             if row["kind"] == self.kind and self.metric in row:
                 self._draw()
 
@@ -47,21 +47,24 @@ class LiveCurves:
             self._shown.update(figure)
 
 
-def progress_line(row: dict[str, Any]) -> str:
-    """One line on a step: what matters of it, for a log."""
+def progress_line(row: dict[str, Any], steps: int) -> str:
+    """One line on a step: what matters of it, for a log. `steps` is the run's length, 0 where unknown."""
     names = {"loss": "loss", "reward_autonomous": "reward", "reward_guided": "guided", "alpha": "alpha",
              "kl_mean": "kl", "entropy": "entropy", "tokens_per_second": "tokens/s", "seconds_step": "seconds"}
     parts = [f"{label} {row[key]:.3g}" for key, label in names.items() if key in row]
-    return f"step {row['step']} " + ", ".join(parts)
+    return f"step {row['step']}{f'/{steps}' if steps else ''}: " + ", ".join(parts)
+
+
+def print_row(config: RunConfig, row: dict[str, Any]) -> None:
+    """Print a row where it is worth a line: evaluations, the first step, every tenth, and every slow one."""
+    found = {k: row[k] for k in ("accuracy", "validation_loss") if k in row}
+    if found:
+        told = ", ".join(f"{k} {v:.3f}" for k, v in found.items())
+        print(f"{config.label}: {row['kind']} after step {row['step']}: {told}", flush=True)
+    elif row["step"] % LINE_EVERY in (0, 1) or row.get("seconds_step", 0.0) > SLOW_SECONDS:
+        print(f"{config.label}: {progress_line(row, 0 if config.train.epochs else config.train.steps)}", flush=True)
 
 
 def log_lines(config: RunConfig) -> Callable[[dict[str, Any]], None]:
     """Receiver that only prints, for headless runs."""
-    def receive(row: dict[str, Any]) -> None:
-        if row["kind"] == "eval" or row["step"] % LINE_EVERY in (0, 1):
-            found = {k: row[k] for k in ("accuracy", "validation_loss") if k in row}
-            told = ", ".join(f"{k} {v:.3f}" for k, v in found.items()) or progress_line(row)
-            print(f"{config.label}: {row['kind']} step {row['step']}: {told}" if found
-                  else f"{config.label}: {told}", flush=True)
-
-    return receive
+    return functools.partial(print_row, config)

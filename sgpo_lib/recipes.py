@@ -27,17 +27,17 @@ warm-up on expert solutions."""
 
 _TINY: dict[str, Any] = {
     "model.source": "tiny", "train.torch_threads": 1, "model.device": "cpu",
-    "data.problems": "testbed", "n_train": 400, "n_validation": 60, "n_test": 200,
-    "max_new_tokens": 48, "steps": 50, "problems_per_step": 10, "lr": 2e-4, "lr_warmup_ratio": 0.15,
+    "data.problems": "testbed", "n_train": 400, "n_validation": 60, "n_test": 120,
+    "max_new_tokens": 48, "steps": 40, "problems_per_step": 10, "lr": 2e-4, "lr_warmup_ratio": 0.15,
     "eval_every": 5, "eval_problems": 60, "eval_k": 2, "test_k": 4, "eval_temperature": 0.6,
 }
 _SMOLLM2: dict[str, Any] = {
     "model.source": "smollm2", "lora_rank": 16, "lora_alpha": 32,
     "data.problems": "reasoning-gym:chain_sum", "warmup_share": 0.5,
-    "problem_args": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2},
-    "n_train": 320, "n_validation": 24, "n_test": 32,
-    "max_new_tokens": 48, "steps": 10, "problems_per_step": 2, "micro_batch": 8, "rollout_batch": 24,
-    "lr": 2e-4, "eval_every": 0, "eval_problems": 16, "test_k": 1, "kl_chunk_tokens": 128,
+    "problem_args": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
+    "n_train": 320, "n_validation": 16, "n_test": 16,
+    "max_new_tokens": 40, "steps": 10, "problems_per_step": 2, "micro_batch": 8, "rollout_batch": 48,
+    "lr": 2e-4, "eval_every": 0, "eval_problems": 8, "test_k": 1, "kl_chunk_tokens": 128,
 }
 _PAPER: dict[str, Any] = {
     "model.dtype": "bfloat16", "data.problems": "problems.jsonl", "warmup_share": 1 / 3,

@@ -34,7 +34,7 @@ class Problem:
     strategy: Strategy | None = None
     """Strategy description, where there is one."""
     solution: str = ""
-    """Expert solution that ends in the answer in a box; empty where there is none."""
+    """Expert solution; empty where there is none."""
     family: str = ""
     """Kind of problem: testbed family, data set, subject."""
     scorer: str = ""

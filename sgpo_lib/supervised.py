@@ -14,6 +14,7 @@ from sgpo_lib.batching import Row, TokenBatch, micro_batches
 from sgpo_lib.losses.imitation import sft_loss
 from sgpo_lib.problems import require_solutions
 from sgpo_lib.prompts import prompt_ids, response_ids
+from sgpo_lib.records import Problem
 from sgpo_lib.session import Session
 
 
@@ -28,12 +29,19 @@ def expert_rows(session: Session) -> tuple[list[Row], list[Row]]:
     if len(problems) < 2:
         raise ValueError(f"supervised warm-up has {len(problems)} problem(s); it needs at least 2, one to validate")
     tokenizer = session.policy.tokenizer
-    rows: list[Row] = [(prompt_ids(tokenizer, p, guided=False), response_ids(tokenizer, p.solution))
+    rows: list[Row] = [(prompt_ids(tokenizer, p, guided=False), response_ids(tokenizer, expert_text(p)))
                        for p in problems]
     order = list(range(len(rows)))
     random.Random(f"sft-validation-{session.config.seed}").shuffle(order)
     held = max(1, len(rows) // 10)
     return [rows[i] for i in sorted(order[held:])], [rows[i] for i in sorted(order[:held])]
+
+
+def expert_text(problem: Problem) -> str:
+    """The expert solution; one without a box (GSM8K's, for one) gets a last sentence that boxes the answer."""
+    if "\\boxed{" in problem.solution:
+        return problem.solution
+    return f"{problem.solution.rstrip()}\nThe answer is \\boxed{{{problem.answer}}}."
 
 
 def supervised_step(session: Session, step: int, rows: Sequence[Row]) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 Here a logits processor draws instead: each sample has its own stream of uniform numbers, the token is read off the
 cumulative nucleus distribution, and `generate` takes it greedily.
 
-Shape suffixes: B sequences, V vocabulary.
+Shape suffixes: B sequences, V vocabulary, K its most likely tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from sgpo_lib.policy import Policy
 from sgpo_lib.rollouts.interface import Sample, SampleRequest
+
+_HEAD = 1024
+"""Most likely tokens looked at before the whole vocabulary is sorted."""
 
 
 class _SeededNucleus(LogitsProcessor):
@@ -31,14 +34,18 @@ class _SeededNucleus(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits_BV = scores.float()
-        probability_BV, order_BV = torch.softmax(logits_BV / self.temperature, dim=-1).sort(dim=-1, descending=True)
-        cumulative_BV = probability_BV.double().cumsum(dim=-1)
+        probability_BV = torch.softmax(logits_BV / self.temperature, dim=-1)
+        # a full sort of a large vocabulary costs more than the model's output layer; the head nearly always suffices
+        kept_BK, order_BK = probability_BV.topk(min(_HEAD, probability_BV.shape[-1]), dim=-1)
+        if kept_BK.shape[-1] < probability_BV.shape[-1] and bool((kept_BK.double().sum(-1) < self.top_p).any()):
+            kept_BK, order_BK = probability_BV.sort(dim=-1, descending=True)
+        cumulative_BK = kept_BK.double().cumsum(dim=-1)
         # the nucleus: the smallest set of most likely tokens whose mass reaches top_p
-        mass_B1 = cumulative_BV.gather(-1, ((cumulative_BV < self.top_p).sum(-1, keepdim=True)).clamp(
-            max=cumulative_BV.shape[-1] - 1))
+        last = cumulative_BK.shape[-1] - 1
+        mass_B1 = cumulative_BK.gather(-1, (cumulative_BK < self.top_p).sum(-1, keepdim=True).clamp(max=last))
         draw_B1 = self.uniform_BT[:, self.step, None].to(scores.device) * mass_B1
-        rank_B1 = (cumulative_BV <= draw_B1).sum(-1, keepdim=True).clamp(max=cumulative_BV.shape[-1] - 1)
-        token_B1 = order_BV.gather(-1, rank_B1)
+        rank_B1 = (cumulative_BK <= draw_B1).sum(-1, keepdim=True).clamp(max=last)
+        token_B1 = order_BK.gather(-1, rank_B1)
         self.logp.append(torch.log_softmax(logits_BV, dim=-1).gather(-1, token_B1)[:, 0])
         self.step += 1
         return torch.full_like(scores, float("-inf")).scatter(-1, token_B1, 0.0)

