@@ -18,7 +18,8 @@ from sgpo_lib.prompts import prompt_ids
 from sgpo_lib.records import Problem
 
 _STEP_END = re.compile(r"[.;?!:]\s*$|\n\s*$")
-_DECIMAL = re.compile(r"\d\.\s*$")
+_DECIMAL = re.compile(r"\d\.\Z")
+_LIST_MARK = re.compile(r"\s*\(?\w{1,2}[.)]\s*")
 
 
 @torch.no_grad()
@@ -51,12 +52,18 @@ def token_frame(policy: Policy, problem: Problem, response: Sequence[int], delta
 
 
 def token_texts(policy: Policy, response: Sequence[int]) -> list[str]:
-    """Text of each token as it adds to the decoded response, so that the texts join to the whole."""
-    texts, before = [], ""
+    """Text of each token as it adds to the decoded response, so that the texts join to the whole.
+
+    A character of several tokens stands with its last one; the others are empty.
+    """
+    texts, shown = [], 0
     for end in range(1, len(response) + 1):
-        after = policy.tokenizer.decode(response[:end])
-        texts.append(after[len(before):] if after.startswith(before) else policy.tokenizer.decode(response[end - 1]))
-        before = after
+        text = policy.tokenizer.decode(response[:end])
+        if text.endswith("\ufffd") and end < len(response):  # so far, only a part of a character
+            texts.append("")
+        else:
+            texts.append(text[shown:])
+            shown = len(text)
     return texts
 
 
@@ -68,7 +75,8 @@ def step_of_tokens(tokens: Sequence[str]) -> list[int]:
         text += token
         following = tokens[i + 1] if i + 1 < len(tokens) else ""
         decimal = _DECIMAL.search(text) and following[:1].isdigit()
-        if _STEP_END.search(text) and text.strip() and not decimal and following.strip():
+        marks = decimal or _LIST_MARK.fullmatch(text)  # "1." opens a step, it is none
+        if _STEP_END.search(text) and text.strip() and not marks and following.strip():
             current, text = current + 1, ""
     return steps
 

@@ -8,13 +8,13 @@ alone. Field names are unique over all sections, so a notebook may say `steps=60
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
 import hashlib
 import inspect
 import json
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,7 +282,8 @@ def override(config: RunConfig, changes: typing.Mapping[str, Any]) -> RunConfig:
     per_section: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         if name not in index:
-            raise unknown("field", name, (full.rpartition(".")[2] for full in index.values()))
+            known = (full if "." in str(name) else full.rpartition(".")[2] for full in index.values())
+            raise unknown("field", str(name), known)
         section, _, leaf = index[name].rpartition(".")
         per_section.setdefault(section, {})[leaf] = value
     for section, leaves in per_section.items():
@@ -297,16 +298,15 @@ def override(config: RunConfig, changes: typing.Mapping[str, Any]) -> RunConfig:
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     want = typing.get_origin(hint) or hint
-    if want is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if want is float and isinstance(value, str):
-        try:
+    if want is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
             return float(value)  # YAML 1.1 reads 1e-5 as a string
-        except ValueError:
-            pass
-    if isinstance(value, want) and not (want is int and isinstance(value, bool)):
+    elif want is dict and isinstance(value, dict):
+        with contextlib.suppress(TypeError):
+            return json.loads(json.dumps(value))  # a copy, with the lists for tuples that YAML will give back
+    elif isinstance(value, want) and not (want is int and isinstance(value, bool)):
         return value
-    wanted = want.__name__ if isinstance(want, type | types.GenericAlias) else str(want)
+    wanted = "dict of JSON values" if want is dict else want.__name__
     raise ValueError(f"{name}: got {value!r} ({type(value).__name__}), expected {wanted}. {field_docs()[name]}")
 
 
@@ -321,17 +321,17 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def from_yaml(path: Path) -> RunConfig:
-    """Read a `config.yaml`. Raises ValueError naming the file and an unknown section or field."""
-    raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    """Read a `config.yaml`. Raises ValueError naming the file and what is wrong in it."""
     flat: dict[str, Any] = {}
-    for key, value in raw.items():
-        if key in SECTIONS and isinstance(value, dict):
-            flat |= {f"{key}.{leaf}": v for leaf, v in value.items()}
-        else:
-            flat[key] = value
     try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(raw, dict):
+            raise ValueError(f"got {type(raw).__name__}, expected sections with fields, as a run's config.yaml has")
+        for key, value in raw.items():
+            whole = not isinstance(value, dict) or (key in field_index() and key not in SECTIONS)
+            flat |= {key: value} if whole else {f"{key}.{leaf}": v for leaf, v in value.items()}
         return override(RunConfig(), flat)
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from sgpo_lib.config import RunConfig
+import math
+
+from sgpo_lib.config import RunConfig, field_index
+
+_NOT_NEGATIVE = ("steps", "alpha_base", "advantage_eps", "weight_decay", "max_grad_norm", "n_validation", "n_test",
+                 "eval_every", "eval_problems", "eval_max_new_tokens", "save_every", "context", "torch_threads")
 
 
 def validate(config: RunConfig) -> RunConfig:
@@ -32,27 +37,38 @@ def validate(config: RunConfig) -> RunConfig:
         (m.kl_delta > 0, "method.kl_delta", m.kl_delta, "above 0 nats; inf for no clipping"),
         (0 < m.clip_low < 1, "method.clip_low", m.clip_low, "between 0 and 1"),
         (m.clip_high > 0, "method.clip_high", m.clip_high, "above 0"),
-        (t.steps >= 0 and t.epochs >= 0, "train.steps", t.steps, "0 or more"),
+        (0 <= t.epochs < math.inf, "train.epochs", t.epochs, "0 (train.steps decides) or more, finite"),
         (t.problems_per_step >= 1, "train.problems_per_step", t.problems_per_step, "at least 1"),
         (0 <= t.mini_batch <= t.problems_per_step, "train.mini_batch", t.mini_batch,
          f"0 (whole batch) to problems_per_step = {t.problems_per_step}"),
         (t.updates_per_batch >= 1, "train.updates_per_batch", t.updates_per_batch, "at least 1"),
         (t.micro_batch >= 1, "train.micro_batch", t.micro_batch, "at least 1"),
         (t.kl_chunk_tokens >= 1, "train.kl_chunk_tokens", t.kl_chunk_tokens, "at least 1"),
-        (t.lr > 0, "train.lr", t.lr, "above 0"),
+        (0 < t.lr < math.inf, "train.lr", t.lr, "above 0, finite"),
         (0 <= t.lr_warmup_ratio <= 1, "train.lr_warmup_ratio", t.lr_warmup_ratio, "0 to 1"),
         (t.keep_checkpoints >= 1, "train.keep_checkpoints", t.keep_checkpoints, "at least 1"),
         (d.n_train >= 1, "data.n_train", d.n_train, "at least 1"),
         (0 <= d.warmup_share < 1, "data.warmup_share", d.warmup_share, "0 up to, not including, 1"),
-        (r.temperature > 0, "rollout.temperature", r.temperature, "above 0"),
-        (e.eval_temperature > 0, "evaluation.eval_temperature", e.eval_temperature, "above 0"),
+        (0 < r.temperature < math.inf, "rollout.temperature", r.temperature, "above 0, finite"),
+        (0 < e.eval_temperature < math.inf, "evaluation.eval_temperature", e.eval_temperature, "above 0, finite"),
         (0 < r.top_p <= 1, "rollout.top_p", r.top_p, "above 0, at most 1"),
         (0 < e.eval_top_p <= 1, "evaluation.eval_top_p", e.eval_top_p, "above 0, at most 1"),
         (r.max_new_tokens >= 1, "rollout.max_new_tokens", r.max_new_tokens, "at least 1"),
+        (r.rollout_batch >= 1, "rollout.rollout_batch", r.rollout_batch, "at least 1"),
+        (e.eval_k >= 1, "evaluation.eval_k", e.eval_k, "at least 1"),
+        (e.test_k >= 1, "evaluation.test_k", e.test_k, "at least 1; data.n_test = 0 for no final evaluation"),
+        (0 <= t.adam_beta1 < 1, "train.adam_beta1", t.adam_beta1, "0 up to, not including, 1"),
+        (0 <= t.adam_beta2 < 1, "train.adam_beta2", t.adam_beta2, "0 up to, not including, 1"),
+        (0 <= config.model.lora_dropout < 1, "model.lora_dropout", config.model.lora_dropout,
+         "0 up to, not including, 1"),
         (config.model.lora_rank >= 0, "model.lora_rank", config.model.lora_rank, "0 (train all weights) or more"),
         (config.reward.reward_deadline_s > 0, "reward.reward_deadline_s", config.reward.reward_deadline_s, "above 0"),
         (config.reward.reward_workers >= 1, "reward.reward_workers", config.reward.reward_workers, "at least 1"),
     ]
+    for name in _NOT_NEGATIVE:
+        section, _, leaf = field_index()[name].partition(".")
+        value = getattr(getattr(config, section), leaf)
+        checks.append((value >= 0, f"{section}.{leaf}", value, "0 or more"))
     faults += [f"{name}: got {got!r}, expected {want}" for ok, name, got, want in checks if not ok]
     if faults:
         raise ValueError("the configuration cannot work:\n  " + "\n  ".join(faults))

@@ -219,7 +219,7 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=0.5)  # longer than the moment for which `state` takes it in another process
     except filelock.Timeout:
         owner = folder / ".owner"
         holder = owner.read_text(encoding="utf-8").strip() if owner.exists() else "an unknown process"
@@ -250,7 +250,9 @@ def environment() -> dict[str, Any]:
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PACKAGE_FOLDER, capture_output=True, text=True,
-                            check=False).stdout.strip()
+    commit = ""
+    with contextlib.suppress(OSError):  # a machine without git
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PACKAGE_FOLDER, capture_output=True, text=True,
+                                check=False).stdout.strip()
     return {"python": sys.version.split()[0], "platform": platform.platform(), "cpus": os.cpu_count(),
             "packages": versions, "commit": commit}

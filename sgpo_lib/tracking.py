@@ -28,7 +28,7 @@ class Tracker:
 
             self._target = SummaryWriter(str(run.folder / "tensorboard"))
         elif name == "trackio":
-            os.environ.setdefault("TRACKIO_DIR", str(run.folder / "trackio"))
+            os.environ["TRACKIO_DIR"] = str(run.folder / "trackio")
             import trackio
 
             trackio.init(project="sgpo", name=run.folder.name)
