@@ -19,7 +19,7 @@ from sgpo_lib.records import Problem
 
 _STEP_END = re.compile(r"[.;?!:]\s*$|\n\s*$")
 _DECIMAL = re.compile(r"\d\.\Z")
-_LIST_MARK = re.compile(r"\s*\(?\w{1,2}[.)]\s*")
+_LIST_MARK = re.compile(r"\s*\d{1,2}[.)]\s*")
 
 
 @torch.no_grad()
