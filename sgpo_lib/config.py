@@ -132,6 +132,8 @@ class MethodConfig:
     """gamma of Eq. 6."""
     alpha_max: float = 0.8
     """alpha_max of Eq. 6."""
+    guided_share: float = 0.0
+    """Share of supervised examples with the strategy in the prompt (the paper: 0)."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def validate(config: RunConfig) -> RunConfig:
          "at least 1 where method.distillation is on; or set distillation='none'"),
         (m.alpha_gamma > 0, "method.alpha_gamma", m.alpha_gamma, "above 0: Eq. 6 divides by p_auto + gamma"),
         (m.alpha_max >= 0, "method.alpha_max", m.alpha_max, "0 or more"),
+        (0 <= m.guided_share <= 1, "method.guided_share", m.guided_share, "0 to 1"),
         (m.kl_delta > 0, "method.kl_delta", m.kl_delta, "above 0 nats; inf for no clipping"),
         (0 < m.clip_low < 1, "method.clip_low", m.clip_low, "between 0 and 1"),
         (m.clip_high > 0, "method.clip_high", m.clip_high, "above 0"),

@@ -12,7 +12,7 @@ import torch
 
 from sgpo_lib.batching import Row, TokenBatch, micro_batches
 from sgpo_lib.losses.imitation import sft_loss
-from sgpo_lib.problems import require_solutions
+from sgpo_lib.problems import require_solutions, require_strategies
 from sgpo_lib.prompts import prompt_ids, response_ids
 from sgpo_lib.records import Problem
 from sgpo_lib.session import Session
@@ -21,16 +21,21 @@ from sgpo_lib.session import Session
 def expert_rows(session: Session) -> tuple[list[Row], list[Row]]:
     """(training, validation) rows from the warm-up problems; one in ten validates, at least one, chosen by seed.
 
-    Uses the warm-up share of the data, or all training problems where there is no such share. Raises ValueError for
-    problems without an expert solution, and for fewer than two problems.
+    Uses the warm-up share of the data, or all training problems where there is no such share; a share
+    `guided_share` of the prompts holds the strategy. Raises ValueError for problems without an expert solution (or
+    strategy, where one is shown), and for fewer than two problems.
     """
     problems = list(session.splits.warmup or session.splits.train)
     require_solutions(problems)
     if len(problems) < 2:
         raise ValueError(f"supervised warm-up has {len(problems)} problem(s); it needs at least 2, one to validate")
     tokenizer = session.policy.tokenizer
-    rows: list[Row] = [(prompt_ids(tokenizer, p, guided=False), response_ids(tokenizer, expert_text(p)))
-                       for p in problems]
+    share = session.config.method.guided_share
+    if share:
+        require_strategies(problems)
+    chance = random.Random(f"sft-guided-{session.config.seed}")
+    rows: list[Row] = [(prompt_ids(tokenizer, p, guided=chance.random() < share),
+                        response_ids(tokenizer, expert_text(p))) for p in problems]
     order = list(range(len(rows)))
     random.Random(f"sft-validation-{session.config.seed}").shuffle(order)
     held = max(1, len(rows) // 10)

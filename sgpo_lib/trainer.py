@@ -82,7 +82,7 @@ def _loop(session: Session, on_row: OnRow | None) -> None:
     def validate(step: int) -> None:
         if supervised:
             loss = validation_loss(session, held_rows)
-            if loss < session.best_loss:
+            if step and loss < session.best_loss:  # the untrained start is no checkpoint
                 session.best_loss, session.best_step = loss, step
             log({"kind": "eval", "step": step, "validation_loss": loss})
         elif session.splits.validation and config.evaluation.eval_problems:
@@ -327,5 +327,6 @@ def _finish(session: Session, log: OnRow) -> None:
         evaluation = session.evaluate(session.splits.test, config.evaluation.test_k, (config.seed, "test"))
         evaluation.write(run.folder / "evaluation" / "test.jsonl")
         summary["test"] = evaluation.summary()
-        log({"kind": "test", "step": session.step, **evaluation.row()})
+        if not run.metrics("test"):  # it is there when only DONE was missing
+            log({"kind": "test", "step": session.step, **evaluation.row()})
     run.finish(summary)

@@ -162,7 +162,8 @@ def encode_bytes(text: str) -> list[int]:
     ("a| b|.| |C| d", "000011"), ("is| 3|.| Then| 4", "00011"),
     ("add| 3|.|5|\n|then", "000001"), ("2|.|5| +| 1|.|25", "0000000"), ("pi| =| 3.|14| so", "00000"),
     ("1|,|000| and| 2|/|3", "0000000"),
-    ("is| 3|.| |4| more", "000011"), ("is| 3|.|\n|4| more", "000011"), ("v1.|\n\n|2 is", "001"), ("1|.| Add| it|.| 2|.| Go", "00000111"),
+    ("is| 3|.| |4| more", "000011"), ("is| 3|.|\n|4| more", "000011"), ("v1.|\n\n|2 is", "001"),
+    ("1|.| Add| it|.| 2|.| Go", "00000111"),
 ])  # fmt: skip
 def test_steps_end_with_a_sentence_a_semicolon_or_a_line_but_not_with_a_decimal_point(tokens, steps):
     assert "".join(map(str, step_of_tokens(tokens.split("|")))) == steps
