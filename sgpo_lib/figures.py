@@ -182,7 +182,7 @@ def training_panel(df: pd.DataFrame) -> go.Figure:
 
 def alpha_against_pass_rate(df: pd.DataFrame) -> go.Figure:
     """Mean alpha and the autonomous pass rate of SGPO runs on one step axis: guidance fades as the policy learns."""
-    title = "SGPO: the weight of distillation falls as the autonomous pass rate rises"
+    title = "SGPO: pass rates and the weight of distillation"
     if empty := missing(df, ["method", "step", "alpha", "reward_autonomous"], title, "train"):
         return empty
     df = df[(df["kind"] == "train") & (df["method"] == "sgpo")]
@@ -217,7 +217,8 @@ def phase_seconds(df: pd.DataFrame) -> go.Figure:
         figure.add_trace(go.Bar(y=[method_style(m)[0] for m in methods], x=seconds, name=name, orientation="h",
                                 marker={"color": colour}, hovertemplate="%{x:.3g} s"))
     figure.update_xaxes(title_text="seconds per step (mean)")
-    figure.update_layout(legend={"y": -0.45, "traceorder": "normal"})
+    figure.update_layout(legend={"y": 1.0, "yanchor": "bottom", "traceorder": "normal"}, margin={"t": 90},
+                         title_y=0.95)
     return figure
 
 
@@ -267,6 +268,7 @@ def step_bars(df: pd.DataFrame) -> go.Figure:
     if "sft_loss" in df.columns and not df["sft_loss"].isna().all():
         figure.add_trace(go.Bar(y=labels, x=list(df["sft_loss"]), orientation="h", name="cross-entropy (SFT)",
                                 marker={"color": GUIDED}, hovertemplate="%{x:.3g} nats"))
+    figure.update_layout(legend={"y": 1.0, "yanchor": "bottom"}, title_y=0.97, margin={"t": 90})
     figure.update_xaxes(title_text="nats per token (mean over the step)")
     figure.update_yaxes(autorange="reversed")
     return figure

@@ -30,8 +30,8 @@ warm-up on expert solutions."""
 _TINY: dict[str, Any] = {
     "model.source": "tiny", "train.torch_threads": 1, "model.device": "cpu",
     "data.problems": "testbed", "n_train": 400, "n_validation": 60, "n_test": 120,
-    "max_new_tokens": 48, "steps": 40, "problems_per_step": 10, "lr": 2e-4, "lr_warmup_ratio": 0.15,
-    "eval_every": 5, "eval_problems": 60, "eval_k": 2, "test_k": 4, "eval_temperature": 0.6,
+    "max_new_tokens": 48, "steps": 40, "problems_per_step": 5, "lr": 4e-4, "lr_warmup_ratio": 0.15,
+    "eval_every": 4, "eval_problems": 60, "eval_k": 2, "test_k": 4, "eval_temperature": 0.6,
 }
 _SMOLLM2: dict[str, Any] = {
     "model.source": "smollm2", "lora_rank": 16, "lora_alpha": 32,

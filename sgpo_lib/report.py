@@ -70,7 +70,7 @@ def write_report(title: str, jobs: Sequence[JobResult], runs: Sequence[Run], out
     linked = {job.name for job in jobs if _copy_page(job, out / "notebooks")}
     parts = [_head(title, jobs, runs)]
     tables = []
-    for profile, chosen in comparable(runs).items():
+    for profile, chosen in sorted(comparable(runs).items(), key=lambda item: -len(item[1])):
         metrics, summaries = runs_frame(chosen), summaries_frame(chosen)
         table = figures.final_table(summaries, metrics)
         tables.append(table.assign(profile=profile))
