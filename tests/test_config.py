@@ -256,7 +256,7 @@ def test_one_value_that_cannot_work_is_refused_by_name(name, value):
 
 @pytest.mark.parametrize("values", [
     {"kl_delta": float("inf")}, {"g2": 0, "distillation": "none"}, {"top_p": 1.0}, {"alpha_max": 0.0},
-    {"steps": 0}, {"mini_batch": 10}, {"max_grad_norm": 0.0}, {"alpha_base": 0.0}, {"n_validation": 0, "n_test": 0},
+    {"steps": 0}, {"mini_batch": 5}, {"max_grad_norm": 0.0}, {"alpha_base": 0.0}, {"n_validation": 0, "n_test": 0},
     {"eval_every": 0, "eval_problems": 0}, {"save_every": 0},
 ])  # fmt: skip
 def test_limits_that_do_work_are_accepted(values):
