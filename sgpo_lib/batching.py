@@ -26,13 +26,13 @@ class TokenBatch:
 
     input_ids_BS: Int[Tensor, "B S"]
     attention_mask_BS: Int[Tensor, "B S"]
-    predictor_N: Int[Tensor, "N"]
+    predictor_N: Int[Tensor, " N"]
     """Flat index into B*S of the state that predicts each response token."""
-    target_N: Int[Tensor, "N"]
+    target_N: Int[Tensor, " N"]
     """The response tokens themselves."""
-    row_N: Int[Tensor, "N"]
+    row_N: Int[Tensor, " N"]
     """Row of each response token."""
-    length_B: Int[Tensor, "B"]
+    length_B: Int[Tensor, " B"]
     """Response tokens of each row, the end token included."""
 
     @staticmethod
@@ -65,7 +65,7 @@ class TokenBatch:
         return TokenBatch(put(ids), put(mask), put(predictor), put(target), put(row),
                           put([len(r) for _, r in rows]))
 
-    def spread(self, value_B: Float[Tensor, "B"]) -> Float[Tensor, "N"]:
+    def spread(self, value_B: Float[Tensor, " B"]) -> Float[Tensor, " N"]:
         """One value per row -> one per response token."""
         return value_B.to(self.row_N.device)[self.row_N]
 

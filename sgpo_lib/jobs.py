@@ -34,6 +34,9 @@ from sgpo_lib.runs import PACKAGE_FOLDER, runs_root
 STATES = ("done", "failed", "running", "stopped", "blocked", "waiting")
 """How a job stands. `stopped`: it began and has neither DONE nor FAILED.json; `blocked`: what it needs failed."""
 
+PATH_FIELDS = ("problems", "strategies", "source", "init_from", "run")
+"""Parameters that may name a file or folder."""
+
 
 @dataclass(frozen=True)
 class JobResult:
@@ -157,7 +160,7 @@ def place_parameters(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     defaults = notebook_parameters(path)
     placed: dict[str, Any] = {}
     overrides: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in ((n, _from_here(n, v)) for n, v in given.items()):
         if name in defaults:
             placed[name] = _fit(path.name, name, value, defaults[name])
         elif name in field_index() and isinstance(defaults.get("overrides"), dict):
@@ -175,6 +178,12 @@ def place_parameters(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(placed.get(name), str) and placed[name] not in table:
             raise unknown(name, placed[name], table)
     return placed
+
+
+def _from_here(name: str, value: Any) -> Any:
+    """A file or folder named relative to where the command runs, made absolute: a notebook runs in its own folder."""
+    is_path = name.rpartition(".")[2] in PATH_FIELDS and isinstance(value, str) and value and Path(value).exists()
+    return str(Path(value).resolve()) if is_path else value
 
 
 def _fit(notebook: str, name: str, value: Any, default: Any) -> Any:

@@ -39,7 +39,7 @@ class Policy:
                               use_cache=False).last_hidden_state
         return states_BSH.flatten(0, 1)[batch.predictor_N]
 
-    def head(self) -> tuple[Float[Tensor, "V H"], Float[Tensor, "V"] | None]:
+    def head(self) -> tuple[Float[Tensor, "V H"], Float[Tensor, " V"] | None]:
         """Output matrix and bias: logits = hidden @ matrix.T + bias."""
         layer = self._causal_model().get_output_embeddings()
         return layer.weight, layer.bias

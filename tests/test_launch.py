@@ -264,3 +264,14 @@ def test_the_quickstart_series_is_sound():
     plan = load_batch(spec)
     assert len(plan.jobs) == len({j.name for j in plan.jobs}) == 16
     assert len(load_batch(spec, smoke=True).jobs) == 10
+
+
+def test_a_relative_file_means_where_the_command_runs(tmp_path, monkeypatch):
+    """A notebook runs in its own folder; `-p problems=mine.jsonl` is typed in another."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jsonl").write_text("{}\n")
+    notebook = jobs.find_notebook("06_full_run")
+    placed = jobs.place_parameters(notebook, {"problems": "mine.jsonl", "source": "some/hub-model",
+                                              "data.strategies": ""})
+    assert placed["overrides"] == {"problems": str(tmp_path / "mine.jsonl"), "source": "some/hub-model",
+                                   "data.strategies": ""}

@@ -30,7 +30,7 @@ def most_reachable(unguided_logp_sum: Sequence[float], correct: Sequence[bool]) 
     return best
 
 
-def clipped_kl_loss(kl_N: Float[Tensor, "N"], weight_N: Float[Tensor, "N"], delta: float) -> LossOutput:
+def clipped_kl_loss(kl_N: Float[Tensor, " N"], weight_N: Float[Tensor, " N"], delta: float) -> LossOutput:
     """sum_n w_n 1[d_n <= delta] d_n; w_n = alpha(q) / (B |o+|) gives the distillation term of Eq. 5 and 7."""
     kept_N = (kl_N.detach() <= delta).to(kl_N.dtype)
     # where(), not a product: an infinite divergence times zero would be NaN

@@ -21,7 +21,7 @@ from torch import Tensor
 from sgpo_lib.losses.masked import LossOutput
 
 
-def group_advantages(reward_G: Float[Tensor, "G"], eps: float, std: str = "sample") -> Float[Tensor, "G"]:
+def group_advantages(reward_G: Float[Tensor, " G"], eps: float, std: str = "sample") -> Float[Tensor, " G"]:
     """A_i = (r_i - mean) / (std + eps) within one group; zeros where all rewards are equal.
 
     `std` is `sample` (divides by G-1) or `population` (by G). Raises ValueError for fewer than two rewards.
@@ -36,8 +36,8 @@ def group_advantages(reward_G: Float[Tensor, "G"], eps: float, std: str = "sampl
     return centred_G / (reward_G.std(correction=1 if std == "sample" else 0) + eps)
 
 
-def grpo_loss(logp_N: Float[Tensor, "N"], old_logp_N: Float[Tensor, "N"], advantage_N: Float[Tensor, "N"],
-              weight_N: Float[Tensor, "N"], clip_low: float, clip_high: float) -> LossOutput:
+def grpo_loss(logp_N: Float[Tensor, " N"], old_logp_N: Float[Tensor, " N"], advantage_N: Float[Tensor, " N"],
+              weight_N: Float[Tensor, " N"], clip_low: float, clip_high: float) -> LossOutput:
     """-sum_n w_n min(rho_n A_n, clip(rho_n, 1 - clip_low, 1 + clip_high) A_n), rho = exp(logp - old_logp).
 
     `logp_N` carries the gradient (nats); `weight_N` is 1 / (B G1 |o_i|) for the paper's aggregation: token mean

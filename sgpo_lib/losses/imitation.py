@@ -11,7 +11,7 @@ from torch import Tensor
 from sgpo_lib.losses.masked import LossOutput
 
 
-def sft_loss(logp_N: Float[Tensor, "N"], weight_N: Float[Tensor, "N"]) -> LossOutput:
+def sft_loss(logp_N: Float[Tensor, " N"], weight_N: Float[Tensor, " N"]) -> LossOutput:
     """-sum_n w_n log pi(o_n): cross-entropy on response tokens only (nats).
 
     `weight_N` = 1 / (number of response tokens in the whole batch) gives the token mean.

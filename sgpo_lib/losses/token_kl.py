@@ -34,8 +34,8 @@ def _in_chunks(function: Callable[..., Tensor], chunk: int, per_token: tuple[Ten
     return torch.cat(parts)
 
 
-def token_logp_and_entropy(hidden_NH: Float[Tensor, "N H"], target_N: Int[Tensor, "N"], head_VH: Float[Tensor, "V H"],
-                           bias_V: Float[Tensor, "V"] | None, chunk: int) -> tuple[Tensor, Tensor]:
+def token_logp_and_entropy(hidden_NH: Float[Tensor, "N H"], target_N: Int[Tensor, " N"], head_VH: Float[Tensor, "V H"],
+                           bias_V: Float[Tensor, " V"] | None, chunk: int) -> tuple[Tensor, Tensor]:
     """Log-probability of each target token (carries gradient) and entropy of its distribution (does not)."""
     def one(hidden: Tensor, target: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
         logp = _log_softmax(hidden, head, bias)
@@ -47,8 +47,8 @@ def token_logp_and_entropy(hidden_NH: Float[Tensor, "N H"], target_N: Int[Tensor
 
 
 def forward_kl_guided_to_unguided(guided_hidden_NH: Float[Tensor, "N H"], unguided_hidden_NH: Float[Tensor, "N H"],
-                                  head_VH: Float[Tensor, "V H"], bias_V: Float[Tensor, "V"] | None,
-                                  chunk: int) -> Float[Tensor, "N"]:
+                                  head_VH: Float[Tensor, "V H"], bias_V: Float[Tensor, " V"] | None,
+                                  chunk: int) -> Float[Tensor, " N"]:
     """d_t = KL( sg[pi(.|q,s,o_<t)] || pi(.|q,o_<t) ) over the full vocabulary (Eq. 3).
 
     The stop-gradient covers the guided hidden states and the output matrix on the guided side; gradient reaches the
