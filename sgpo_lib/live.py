@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -41,10 +42,12 @@ class LiveCurves:
 
     def _draw(self) -> None:
         figure = learning_curves(pd.DataFrame(self.rows), self.metric, self.kind, self.title)
+        # as data, not as a figure: plotly's own display ignores display_id and would add a figure each time
+        bundle = {"application/vnd.plotly.v1+json": json.loads(str(figure.to_json())), "text/plain": self.title}
         if self._shown is None:
-            self._shown = display(figure, display_id=True)
+            self._shown = display(bundle, raw=True, display_id=True)
         else:
-            self._shown.update(figure)
+            self._shown.update(bundle, raw=True)
 
 
 def progress_line(row: dict[str, Any], steps: int) -> str:

@@ -262,7 +262,7 @@ def test_the_quickstart_series_is_sound():
     """The batch file of `make run` against the notebooks there are: names, parameters, dependencies."""
     spec = Path(__file__).parent.parent / "experiments" / "quickstart.yaml"
     plan = load_batch(spec)
-    assert len(plan.jobs) == len({j.name for j in plan.jobs}) == 16
+    assert len(plan.jobs) == len({j.name for j in plan.jobs}) == 14
     assert len(load_batch(spec, smoke=True).jobs) == 10
 
 
