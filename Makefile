@@ -16,9 +16,9 @@ help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@echo "  SMOKE=1 make run runs the series at smoke size; JOBS=N sets the number of processes."
 
-venv: .venv/.run-stamp  ## Create .venv and install the pinned packages (again only when they change)
+venv: .venv/.$(LOCK)-stamp  ## Create .venv and install the pinned packages (again only when they change)
 
-.venv/.run-stamp: requirements/$(LOCK).lock pyproject.toml
+.venv/.$(LOCK)-stamp: requirements/$(LOCK).lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
@@ -33,7 +33,7 @@ venv: .venv/.run-stamp  ## Create .venv and install the pinned packages (again o
 
 venv-test: .venv/.test-stamp  ## The same with what the tests and checks need
 
-.venv/.test-stamp: .venv/.run-stamp requirements/test.lock
+.venv/.test-stamp: .venv/.$(LOCK)-stamp requirements/test.lock
 	@$(PIP) install --no-deps -r requirements/test.lock
 	@touch $@
 

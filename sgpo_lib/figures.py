@@ -275,9 +275,20 @@ def step_bars(df: pd.DataFrame) -> go.Figure:
 
 
 def steps_to_threshold(metrics: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """Per run: the first evaluated step whose accuracy is at least `threshold`; runs that never reach it are absent."""
-    rows = metrics[(metrics["kind"] == "eval") & (metrics["accuracy"] >= threshold)]
-    return rows.groupby(["method", "run"])[["step"]].min().reset_index()
+    """Per run: the step at which accuracy first reaches `threshold`, linear between evaluations; absent if never."""
+    rows = []
+    evals = metrics[(metrics["kind"] == "eval") & metrics["accuracy"].notna()]
+    for (method, run), part in evals.sort_values("step").groupby(["method", "run"]):
+        before_step, before = math.nan, math.nan
+        for step, accuracy in zip(part["step"], part["accuracy"], strict=True):
+            if accuracy >= threshold:
+                first = math.isnan(before)  # nothing earlier to draw a line from
+                crossing = step if first else before_step + (threshold - before) / (accuracy - before) * (
+                    step - before_step)
+                rows.append((method, run, float(crossing)))
+                break
+            before_step, before = float(step), float(accuracy)
+    return pd.DataFrame(rows, columns=["method", "run", "step"])
 
 
 def final_table(summaries: pd.DataFrame, metrics: pd.DataFrame | None = None, threshold: float = 0.5) -> pd.DataFrame:

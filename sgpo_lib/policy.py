@@ -34,7 +34,8 @@ class Policy:
 
     def response_hidden(self, batch: TokenBatch) -> Float[Tensor, "N H"]:
         """Last hidden state before each response token: the state that predicts it. One row per response token."""
-        backbone = self._causal_model().model
+        causal = self._causal_model()
+        backbone = getattr(causal, causal.base_model_prefix)
         states_BSH = backbone(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS,
                               use_cache=False).last_hidden_state
         return states_BSH.flatten(0, 1)[batch.predictor_N]
@@ -50,7 +51,7 @@ class Policy:
 
     def stop_ids(self) -> list[int]:
         """Token ids that end a response."""
-        ids = self.model.generation_config.eos_token_id
+        ids = self.model.generation_config.eos_token_id  # the only field that load_policy keeps
         found = ids if isinstance(ids, list) else [ids]
         return sorted({self.tokenizer.eos_token_id, *(i for i in found if i is not None)})
 
@@ -116,7 +117,7 @@ def load_policy(config: ModelConfig, source: str, seed: int) -> Policy:
     Raises ValueError where the folder does not exist, holds no model or has no tokenizer, or where the model's
     logits are not its hidden states times its output matrix (soft-capping, scaling), since Eq. 3 is computed so.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # a bar per saved checkpoint would drown a notebook's output
@@ -136,8 +137,11 @@ def load_policy(config: ModelConfig, source: str, seed: int) -> Policy:
         model: Any = AutoModelForCausalLM.from_pretrained(
             local if looks_local else source, dtype=getattr(torch, config.dtype), use_safetensors=True,
             attn_implementation=config.attention, **kwargs)
-    except OSError as error:
-        raise ValueError(f"model.source: cannot load weights from {source!r} ({str(error).splitlines()[0]})") from None
+    except (OSError, ValueError, ImportError) as error:  # foreign files, an attention that is not installed
+        raise ValueError(f"model.source, model.attention: cannot load {source!r} with attention {config.attention!r} "
+                         f"({str(error).splitlines()[0]})") from None
+    # a model's own generation defaults (repetition penalty, ...) would bend the distribution that is trained on
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     device = pick_device(config.device)
     model.to(device)
     context = min(config.context or 2**31, getattr(model.config, "max_position_embeddings", None) or 2**31)
@@ -147,9 +151,13 @@ def load_policy(config: ModelConfig, source: str, seed: int) -> Policy:
         targets = config.lora_targets if config.lora_targets == "all-linear" else config.lora_targets.split(",")
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            model = get_peft_model(model, LoraConfig(
-                r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-                target_modules=targets, task_type="CAUSAL_LM"))
+            try:
+                model = get_peft_model(model, LoraConfig(
+                    r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                    target_modules=targets, task_type="CAUSAL_LM"))
+            except ValueError as error:
+                raise ValueError(f"model.lora_targets: got {config.lora_targets!r} ({str(error).splitlines()[0]}). Use "
+                                 "'all-linear' or names of the model's modules") from None
     model.train()
     policy = Policy(model, tokenizer, device, bool(config.lora_rank), context)
     _check_head(policy)

@@ -156,7 +156,7 @@ def _table(table: pd.DataFrame, threshold: float) -> str:
     return ("<div class='card'><table><thead><tr><th>method</th><th class='number'>seeds</th>"
             "<th class='number'>test accuracy, unguided (95% interval over seeds)</th>"
             f"<th class='number'>steps to validation accuracy {threshold}</th>"
-            f"<th class='number'>CPU seconds per run</th></tr></thead><tbody>{rows}</tbody></table></div>")
+            f"<th class='number'>CPU seconds of training steps</th></tr></thead><tbody>{rows}</tbody></table></div>")
 
 
 def _jobs(jobs: Sequence[JobResult], linked: set[str]) -> str:

@@ -1,6 +1,7 @@
 """Run folders: configuration, environment, metrics, checkpoints, and how a run ended.
 
     RUN/config.yaml        effective configuration, written before step 0
+    RUN/problems.txt       fingerprint of problems and strategies
     RUN/environment.json   versions, machine, commit
     RUN/metrics.jsonl      one row per step (`kind`: train, eval, test, supervised); the record, whatever tracker runs
     RUN/rollouts/          step-000010.jsonl: what was sampled
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,15 @@ class Run:
                   "traceback": "".join(traceback.format_exception(error))[-8000:]}
         write_atomic(self.folder / "FAILED.json", json.dumps(record, indent=1))
 
+    def same_problems(self, fingerprint: str) -> None:
+        """Record the fingerprint of the run's problems, or check it. Raises ValueError where they have changed."""
+        path = self.folder / "problems.txt"
+        if not path.exists():
+            write_atomic(path, fingerprint + "\n")
+        elif (there := path.read_text(encoding="utf-8").strip()) != fingerprint:
+            raise ValueError(f"run {self.folder} was made with other problems or strategies (fingerprint {there}, now "
+                             f"{fingerprint}). Restore the files, or use another run name")
+
     # --- metrics and rollouts ----------------------------------------------------------------------------------
     def log(self, row: dict[str, Any]) -> None:
         """Append one row of metrics and flush it to disk."""
@@ -209,8 +220,14 @@ def load_run(folder: Path | str) -> Run:
 
 
 def list_runs(root: Path | None = None) -> list[Run]:
-    """All readable runs below a root, by name."""
-    return [load_run(p.parent) for p in sorted((root or runs_root()).glob("*/config.yaml"))]
+    """All readable runs below a root, by name; one that another version wrote is left out with a warning."""
+    runs = []
+    for path in sorted((root or runs_root()).glob("*/config.yaml")):
+        try:
+            runs.append(load_run(path.parent))
+        except ValueError as error:  # a folder of another version must not hide the others
+            warnings.warn(f"left out: {error}", stacklevel=2)
+    return runs
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from sgpo_lib.evaluation import Evaluation, evaluate
 from sgpo_lib.losses.token_kl import token_logp_and_entropy
 from sgpo_lib.policy import Policy, load_policy
 from sgpo_lib.problems import Splits, load
+from sgpo_lib.prompts import prompt_ids
 from sgpo_lib.records import Problem
 from sgpo_lib.rewards import Verifier
 from sgpo_lib.rollouts.interface import Engine
@@ -34,6 +35,7 @@ from sgpo_lib.runs import Run, load_run
 Item = TypeVar("Item")
 FINAL = "final"
 """Folder of a run that holds its final weights."""
+_SAME_MODEL = ("source", "revision", "lora_rank", "lora_alpha", "lora_targets")
 
 
 @dataclass
@@ -47,12 +49,13 @@ class OpenModel:
     splits: Splits
 
     def evaluate(self, problems: Sequence[Problem], k: int, seed_key: tuple[object, ...]) -> Evaluation:
-        """avg@k of the unguided policy with the config's evaluation settings."""
+        """avg@k of the unguided policy with the config's evaluation settings; responses end where the context does."""
         settings = self.config.evaluation
+        longest = max((len(prompt_ids(self.policy.tokenizer, p, guided=False)) for p in problems), default=0)
+        wanted = settings.eval_max_new_tokens or self.config.rollout.max_new_tokens
         return evaluate(self.engine, self.policy.tokenizer, self.verifier, problems, k=k,
                         temperature=settings.eval_temperature, top_p=settings.eval_top_p,
-                        max_new_tokens=settings.eval_max_new_tokens or self.config.rollout.max_new_tokens,
-                        seed_key=seed_key)
+                        max_new_tokens=min(wanted, self.policy.context - longest), seed_key=seed_key)
 
 
 @dataclass
@@ -114,8 +117,8 @@ class Session(OpenModel):
         limit = self.config.train.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit))
         if not math.isfinite(norm):
-            raise FloatingPointError(f"step {step}: gradient norm is {norm}; weights are unchanged. Lower train.lr or "
-                                     "look at the last rollouts")
+            raise FloatingPointError(f"step {step}: gradient norm is {norm}; no update was made with it. Lower "
+                                     "train.lr or look at the last rollouts")
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.updating = True
@@ -154,7 +157,7 @@ def open_model(config: RunConfig) -> OpenModel:
     splits = load(config.data)
     policy = load_policy(config.model, base_source(config.model), config.seed)
     if config.train.init_from:
-        policy.load(final_weights(config.train.init_from))
+        policy.load(final_weights(config.train.init_from, config))
     engine = TransformersEngine(policy, config.rollout.rollout_batch)
     return OpenModel(config, policy, engine, Verifier(config.reward), splits)
 
@@ -174,9 +177,17 @@ def open_session(config: RunConfig, run: Run) -> Iterator[Session]:
         yield Session(config, policy, model.engine, model.verifier, splits, run, optimizer, total)
 
 
-def final_weights(run_folder: str) -> Path:
-    """Folder with a run's final weights. Raises ValueError where the run does not exist or has not finished."""
+def final_weights(run_folder: str, config: RunConfig) -> Path:
+    """Folder with a run's final weights.
+
+    Raises ValueError where the run does not exist, has not finished, or trained another base or adapter.
+    """
     run = load_run(run_folder)
+    theirs = {name: getattr(run.config.model, name) for name in _SAME_MODEL}
+    other = [f"model.{n}: {v!r} there, {getattr(config.model, n)!r} here" for n, v in theirs.items()
+             if v != getattr(config.model, n)]
+    if other:
+        raise ValueError(f"train.init_from: run {run.folder} has weights of another model:\n  " + "\n  ".join(other))
     if not run.done:
         raise ValueError(f"train.init_from: run {run.folder} has not finished (state: {run.state}). Finish it first")
     return run.folder / FINAL

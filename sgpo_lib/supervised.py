@@ -36,6 +36,10 @@ def expert_rows(session: Session) -> tuple[list[Row], list[Row]]:
     chance = random.Random(f"sft-guided-{session.config.seed}")
     rows: list[Row] = [(prompt_ids(tokenizer, p, guided=chance.random() < share),
                         response_ids(tokenizer, expert_text(p))) for p in problems]
+    for problem, (prompt, response) in zip(problems, rows, strict=True):
+        if len(prompt) + len(response) > session.policy.context:
+            raise ValueError(f"problem {problem.id}: prompt and solution have {len(prompt) + len(response)} tokens, "
+                             f"the context is {session.policy.context}. Shorten the solution or leave the problem out")
     order = list(range(len(rows)))
     random.Random(f"sft-validation-{session.config.seed}").shuffle(order)
     held = max(1, len(rows) // 10)

@@ -27,7 +27,7 @@ from sgpo_lib.losses.grpo import group_advantages, grpo_loss
 from sgpo_lib.losses.guidance_weight import adaptive_weight
 from sgpo_lib.losses.masked import sequence_mean_weights, sum_by_row
 from sgpo_lib.losses.token_kl import forward_kl_guided_to_unguided
-from sgpo_lib.problems import require_strategies
+from sgpo_lib.problems import load, require_strategies
 from sgpo_lib.prompts import prompt_ids
 from sgpo_lib.records import RolloutGroup
 from sgpo_lib.rollouts.groups import judge_groups, rollout_rows, sample_groups
@@ -50,18 +50,20 @@ def train(config: RunConfig, *, name: str | None = None, root: Path | None = Non
     """
     run = open_run(config, root, name)
     if run.done:
+        run.same_problems(load(config.data).fingerprint)
         for row in run.metrics() if on_row else ():
             on_row(row)  # type: ignore[misc]
         return run
     with locked(run.folder):
         try:
             with open_session(config, run) as session:
+                run.same_problems(session.splits.fingerprint)
                 _check(session)
                 _resume(session)
                 for row in run.metrics() if on_row else ():
                     on_row(row)  # type: ignore[misc]
                 _loop(session, on_row)
-        except BaseException as error:  # recorded and raised again: a run never ends without a reason
+        except Exception as error:  # recorded and raised again; an interrupted run has not failed, it continues
             run.fail(error)
             raise
     return run
@@ -100,10 +102,11 @@ def _loop(session: Session, on_row: OnRow | None) -> None:
             seconds = {f"seconds_{k}": v for k, v in session.seconds.items()}
             log({"kind": "supervised" if supervised else "train", "step": step, **metrics, **seconds,
                  "seconds_step": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu})
-            session.step, session.updating = step, False
+            session.step = step
             every, last = config.evaluation.eval_every, step == session.total_steps
             if last or (every and step % every == 0):
                 validate(step)
+            session.updating = False  # only now: an evaluation that is cut off comes again with its step
             if last or session.best_step == step or (config.train.save_every and step % config.train.save_every == 0):
                 session.save()
         _finish(session, log)
@@ -321,6 +324,7 @@ def _finish(session: Session, log: OnRow) -> None:
         "method": config.method.method, "profile": config.profile, "seed": config.seed, "steps": session.step,
         "best_step": session.best_step if session.best_step >= 0 else session.step,
         "problems": session.splits.fingerprint, "weights": session.policy.fingerprint(),
+        "revision": getattr(session.policy.model.config, "_commit_hash", None),
         "seconds": sum(r.get("seconds_step", 0.0) for r in rows),
         "cpu_seconds": sum(r.get("cpu_seconds", 0.0) for r in rows), "tokens": sum(r.get("tokens", 0) for r in rows)}
     if session.splits.test:

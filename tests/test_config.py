@@ -412,3 +412,10 @@ def test_notebook_fields_are_no_configuration_fields_and_all_are_used():
     used = {s.targets[0].id for path in NOTEBOOKS for s in ast.parse(parameters_cell(path)).body
             if isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name)}
     assert set(NOTEBOOK_FIELDS) <= used
+
+
+def test_a_given_source_or_length_clears_what_the_profile_set_for_its_own():
+    assert from_parameters("smollm2", problems="mine.jsonl").data.problem_args == {}
+    assert from_parameters("smollm2").data.problem_args != {}
+    paper = from_parameters("qwen2.5-7b")
+    assert paper.train.epochs == 10.0 and from_parameters("qwen2.5-7b", steps=40).train.epochs == 0.0

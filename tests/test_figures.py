@@ -110,6 +110,12 @@ def test_step_bars():
     assert list(kl.y) == ["unit (5 tokens)", "scale (6 tokens)"]
 
 
+def test_the_threshold_is_crossed_between_evaluations():
+    metrics = pd.DataFrame({"run": ["a"] * 3, "method": ["sgpo"] * 3, "kind": "eval", "step": [0, 8, 12],
+                            "accuracy": [0.1, 0.4, 0.8]})
+    assert list(figures.steps_to_threshold(metrics, 0.5)["step"]) == [9.0]  # a quarter of the way from 8 to 12
+
+
 def test_final_table():
     summaries = pd.DataFrame({"run": ["a", "b", "c", "d"], "method": ["sgpo"] * 3 + ["grpo8"],
                               "test_accuracy": [0.2, 0.4, 0.6, 0.3], "cpu_seconds": [10.0, 20.0, 30.0, 8.0]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import pytest
@@ -103,6 +104,22 @@ def test_the_end_token_belongs_to_the_response_and_nothing_after_it(policy):
 def test_a_prompt_without_room_is_refused(policy):
     with pytest.raises(ValueError, match="context is 512 tokens"):
         TransformersEngine(policy, 8).sample(requests(policy, 1), temperature=1.0, top_p=1.0, max_new_tokens=500)
+
+
+def test_generation_defaults_of_a_model_do_not_bend_the_distribution(policy, tmp_path):
+    """Qwen2.5-Instruct ships a repetition penalty; what is sampled must be the policy that trains."""
+    from sgpo_lib.config import ModelConfig
+    from sgpo_lib.policy import load_policy
+
+    policy.save(tmp_path)
+    folder = tmp_path / "model"
+    stored = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**stored, "repetition_penalty": 1.8, "top_k": 3}))
+    bent = load_policy(ModelConfig(source=str(folder), device="cpu"), str(folder), 0)
+    settings = {"temperature": 1.0, "top_p": 0.95, "max_new_tokens": 20}
+    assert TransformersEngine(bent, 8).sample(requests(policy, 4), **settings) == \
+        TransformersEngine(policy, 8).sample(requests(policy, 4), **settings)
+    assert bent.stop_ids() == policy.stop_ids()
 
 
 def test_groups_are_sampled_under_their_own_prompts(policy):

@@ -169,7 +169,7 @@ def test_a_stopped_run_resumes_to_the_bit(base, tmp_path, method, extra):
     with pytest.raises(KeyboardInterrupt):
         train(config, root=tmp_path / "broken", on_row=interrupt)
     broken = load_run(tmp_path / "broken" / config.label)
-    assert broken.state == "failed" and not broken.done
+    assert broken.state == "stopped" and not broken.done
     assert int(broken.checkpoints()[-1].name.removeprefix("step-")) >= stop_at, "at most the current step is lost"
     resumed = train(config, root=tmp_path / "broken")
     assert timeless(resumed.metrics()) == timeless(whole.metrics())
@@ -201,6 +201,36 @@ def test_the_first_step_is_on_policy_and_several_updates_are_not(base, tmp_path)
     assert many.metrics("train")[-1]["policy_clip_share"] > 0
 
 
+def test_an_evaluation_that_is_cut_off_comes_again(base, tmp_path):
+    """Ctrl-C between a step and the end of its evaluation: the step is redone, no evaluation is missing."""
+    config = small(base, "grpo8", steps=4)
+    whole = train(config, root=tmp_path / "whole")
+
+    def interrupt(row):
+        if row["kind"] == "eval" and row["step"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, root=tmp_path / "broken", on_row=interrupt)
+    assert timeless(train(config, root=tmp_path / "broken").metrics()) == timeless(whole.metrics())
+
+
+def test_changed_problems_are_noticed(base, tmp_path):
+    strategy = {"problem_type": "sum", "strategy": "add", "steps": ["add"]}
+    config = small(base, "sgpo", steps=1, problems=write_problems(tmp_path / "problems.jsonl", strategy=strategy))
+    train(config, root=tmp_path)
+    write_problems(tmp_path / "problems.jsonl", strategy={**strategy, "steps": ["count on"]})
+    with pytest.raises(ValueError, match="other problems or strategies"):
+        train(config, root=tmp_path)
+
+
+def test_weights_of_another_model_are_not_taken(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("SGPO_RUNS", str(tmp_path))
+    warm = train(small(base, "sft", steps=1, lora_rank=4))
+    with pytest.raises(ValueError, match=r"model\.lora_rank: 4 there, 2 here"):
+        train(small(base, "sgpo", steps=1, lora_rank=2, init_from=warm.folder.name))
+
+
 def test_a_finished_run_is_returned_and_told_again(base, tmp_path):
     config = small(base, "grpo8", steps=1)
     train(config, root=tmp_path)
@@ -227,6 +257,7 @@ def write_problems(path: Path, **fields) -> str:
     ({"device": "cuda"}, "sees no GPU"),
     ({"reward": "rewards_for_tests:nothing"}, "nothing"),
     ({"track": "wandb"}, "not installed"),
+    ({"lora_rank": 2, "lora_targets": "nope"}, "model.lora_targets: got 'nope'"),
 ])
 def test_what_cannot_work_is_refused_with_a_cure(base, tmp_path, change, message):
     if change.get("device") == "cuda" and torch.cuda.is_available():

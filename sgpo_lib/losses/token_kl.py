@@ -3,8 +3,8 @@
 Full distributions (tokens x vocabulary) exist for one chunk at a time, in the forward pass and, by recomputation,
 in the backward pass, so memory does not grow with response length x vocabulary.
 
-Shapes: N response tokens, H hidden size, V vocabulary. Everything in nats; the arithmetic over the vocabulary is in
-float32 or better.
+Shapes: N response tokens, H hidden size, V vocabulary. Everything in nats. Logits come in the
+inputs' type; softmax and sums over the vocabulary are in float32 or better.
 """
 
 from __future__ import annotations

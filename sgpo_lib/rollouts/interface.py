@@ -36,7 +36,7 @@ class Engine(Protocol):
 
     def sample(self, requests: Sequence[SampleRequest], *, temperature: float, top_p: float,
                max_new_tokens: int) -> list[Sample]:
-        """One response per request, in order. The same request gives the same response, whatever the batch."""
+        """One response per request, in order. The same request draws the same random numbers, whatever the batch."""
 
 
 def sample_seed(*key: object) -> int:

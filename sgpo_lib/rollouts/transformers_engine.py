@@ -91,7 +91,6 @@ class TransformersEngine:
         mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
         draw = _SeededNucleus([r.seed for r in requests], max_new_tokens, temperature, top_p)
         stops = policy.stop_ids()
-        # a fresh config: a model's own generation defaults (repetition penalty, ...) must not bend the distribution
         settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad,
                                     eos_token_id=stops, use_cache=True)
         output = policy.model.generate(input_ids=ids.to(policy.device), attention_mask=mask.to(policy.device),
