@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         sys.stderr.write("sgpo: interrupted. The same command continues\n")
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - asyncio would tell of every task cut off
         return 130
 
 

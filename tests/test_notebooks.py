@@ -31,7 +31,8 @@ def execute(folder: Path, name: str, **parameters) -> str:
     assert not [o for o in outputs if o.output_type == "error"]
     return "\n".join(o.get("text", "") + str(o.get("data", {}).get("text/plain", "")) +
                      ("PLOT" if "application/vnd.plotly.v1+json" in o.get("data", {}) else "") +
-                     str(o.get("data", {}).get("text/html", "")) for o in outputs)
+                     str(o.get("data", {}).get("text/html", "")) + str(o.get("data", {}).get("text/markdown", ""))
+                     for o in outputs)
 
 
 @pytest.mark.parametrize(("profile", "problems"), [("tiny", ""), ("smollm2", ""), ("smollm2", "reasoning-gym:gcd")])
