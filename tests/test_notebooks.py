@@ -81,8 +81,8 @@ def test_02_on_smollm2(tmp_path):
 @NEEDS_SMOLLM2
 def test_03_on_smollm2_with_lora(tmp_path):
     small = {**FEW, "g1": 2, "g2": 2, "problems_per_step": 2, "n_train": 12}
-    text = execute(tmp_path, "03_lora_sgpo", profile="smollm2", seed=0, steps=1, warmup_steps=1, baseline="", eval_every=0,
-                   overrides=small)
+    text = execute(tmp_path, "03_lora_sgpo", profile="smollm2", seed=0, steps=1, warmup_steps=1, baseline="",
+                   eval_every=0, overrides=small)
     assert "smollm2-sft-s0" in text and "PLOT" in text
 
 
