@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-from IPython.display import display
+from IPython.display import clear_output, display
 
 from sgpo_lib.config import RunConfig
 from sgpo_lib.figures import learning_curves
@@ -20,13 +19,13 @@ LINE_EVERY, SLOW_SECONDS = 10, 3.0
 class LiveCurves:
     """One figure for several runs: `train(config, on_row=live.watch(config))`.
 
-    The figure is redrawn at every evaluation, in place; an executed notebook keeps its last state.
+    The figure is redrawn at every evaluation, in place of the cell's earlier output; an executed notebook keeps the
+    last state.
     """
 
     def __init__(self, metric: str = "accuracy", kind: str = "eval", title: str = ""):
         self.metric, self.kind, self.title = metric, kind, title
         self.rows: list[dict[str, Any]] = []
-        self._shown: Any = None
 
     def watch(self, config: RunConfig) -> Callable[[dict[str, Any]], None]:
         """Receiver of one run's rows."""
@@ -34,20 +33,17 @@ class LiveCurves:
 
         def receive(row: dict[str, Any]) -> None:
             self.rows.append({**about, **row})
-            print_row(config, row)
             if row["kind"] == self.kind and self.metric in row:
                 self._draw()
+            print_row(config, row)
 
         return receive
 
     def _draw(self) -> None:
-        figure = learning_curves(pd.DataFrame(self.rows), self.metric, self.kind, self.title)
-        # as data, not as a figure: plotly's own display ignores display_id and would add a figure each time
-        bundle = {"application/vnd.plotly.v1+json": json.loads(str(figure.to_json())), "text/plain": self.title}
-        if self._shown is None:
-            self._shown = display(bundle, raw=True, display_id=True)
-        else:
-            self._shown.update(bundle, raw=True)
+        # JupyterLab's plotly renderer ignores update_display, so the cell's output is replaced: the new figure, then
+        # the lines printed after it
+        clear_output(wait=True)
+        display(learning_curves(pd.DataFrame(self.rows), self.metric, self.kind, self.title))
 
 
 def progress_line(row: dict[str, Any], steps: int) -> str:
