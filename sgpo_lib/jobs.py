@@ -24,12 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import filelock
 import yaml
 
 from sgpo_lib.config import RunConfig, field_index, override, unknown
 from sgpo_lib.recipes import METHODS, PROFILES
-from sgpo_lib.runs import PACKAGE_FOLDER, runs_root
+from sgpo_lib.runs import PACKAGE_FOLDER, is_locked, runs_root
 
 STATES = ("done", "failed", "running", "stopped", "blocked", "waiting")
 """How a job stands. `stopped`: it began and has neither DONE nor FAILED.json; `blocked`: what it needs failed."""
@@ -233,7 +232,7 @@ def read_job(folder: Path) -> JobResult:
     done, failed = _record(folder / "DONE"), _record(folder / "FAILED.json")
     if done:
         state = "done"
-    elif _held(folder):
+    elif is_locked(folder):
         state = "running"
     else:
         state = "failed" if failed else "stopped" if (folder / "parameters.yaml").exists() else "waiting"
@@ -299,15 +298,3 @@ def _record(path: Path) -> dict[str, Any]:
     except ValueError:  # cut short by a full disk: counts as absent
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def _held(folder: Path) -> bool:
-    lock = filelock.FileLock(folder / ".lock")
-    if not (folder / ".lock").exists():
-        return False
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        return True
-    lock.release()
-    return False

@@ -98,7 +98,7 @@ class Run:
         """`done`, `failed`, `running` (its lock is held) or `stopped`."""
         if self.done:
             return "done"
-        if _locked(self.folder):
+        if is_locked(self.folder):
             return "running"
         return "failed" if (self.folder / "FAILED.json").exists() else "stopped"
 
@@ -249,7 +249,10 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _locked(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the folder for writing."""
+    if not (folder / ".lock").exists():
+        return False
     lock = filelock.FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
