@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
-from sgpo_lib.batching import TokenBatch
 from sgpo_lib.losses.token_kl import forward_kl_guided_to_unguided, token_logp_and_entropy
 from sgpo_lib.policy import Policy
 from sgpo_lib.prompts import prompt_ids
@@ -32,8 +31,8 @@ def token_frame(policy: Policy, problem: Problem, response: Sequence[int], delta
     (-unguided_logp), `guided_entropy`, `unguided_entropy`.
     Raises ValueError where the problem has no strategy or the response is empty.
     """
-    batches = {guided: TokenBatch.build([(prompt_ids(policy.tokenizer, problem, guided=guided), tuple(response))],
-                                        policy.pad_id(), policy.device) for guided in (True, False)}
+    batches = {guided: policy.token_batch([(prompt_ids(policy.tokenizer, problem, guided=guided), tuple(response))])
+               for guided in (True, False)}
     training = policy.model.training
     policy.model.eval()
     hidden = {guided: policy.response_hidden(batch) for guided, batch in batches.items()}

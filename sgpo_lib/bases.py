@@ -15,7 +15,7 @@ import filelock
 import torch
 
 from sgpo_lib import testbed, tiny
-from sgpo_lib.batching import TokenBatch, micro_batches
+from sgpo_lib.batching import micro_batches
 from sgpo_lib.config import ModelConfig
 from sgpo_lib.losses.imitation import sft_loss
 from sgpo_lib.losses.token_kl import token_logp_and_entropy
@@ -83,7 +83,7 @@ def _train_tiny(folder: Path) -> None:
         for optimizer, lr in zip(optimizers, peak, strict=True):
             optimizer.param_groups[0]["lr"] = lr * scale
         for part in micro_batches(rows, tiny.BATCH // 2):  # guided prompts are twice as long: less padding
-            batch = TokenBatch.build([rows[i] for i in part], policy.pad_id())
+            batch = policy.token_batch([rows[i] for i in part])
             logp_N, _ = token_logp_and_entropy(policy.response_hidden(batch), batch.target_N, *policy.head(), 4096)
             output = sft_loss(logp_N, torch.full_like(logp_N, 1 / count))
             output.loss.backward()

@@ -4,7 +4,7 @@ A response token at position t of its sequence is predicted by the hidden state 
 every response token of every row, in row order, the flat index of that state. Both prompts of a response therefore
 give tensors of the same N rows in the same order, whatever the prompts' lengths.
 
-Shape suffixes: B rows, S padded length, N response tokens of all rows.
+Shape suffixes: B rows, S padded (or packed) length, N response tokens of all rows.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from torch import Tensor
 
 Row = tuple[Sequence[int], Sequence[int]]
 """(prompt ids, response ids); the end token is part of the response."""
+LAYOUTS = ("right", "left", "packed")
+"""How rows share a forward pass."""
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Right-padded sequences and where their response tokens are."""
+    """Padded or packed sequences and where their response tokens are."""
 
     input_ids_BS: Int[Tensor, "B S"]
-    attention_mask_BS: Int[Tensor, "B S"]
+    """One sequence per row, or all of them in one row (B = 1) where they are packed."""
+    attention_mask_BS: Int[Tensor, "B S"] | None
+    """1 for tokens, 0 for padding; None where packed, since positions that start again at 0 part the sequences."""
+    position_ids_BS: Int[Tensor, "B S"]
+    """Position of each token within its own sequence; 0 for padding."""
     predictor_N: Int[Tensor, " N"]
     """Flat index into B*S of the state that predicts each response token."""
     target_N: Int[Tensor, " N"]
@@ -36,34 +42,46 @@ class TokenBatch:
     """Response tokens of each row, the end token included."""
 
     @staticmethod
-    def build(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu") -> TokenBatch:
-        """Pad rows on the right. Raises ValueError for an empty prompt or response: it has nothing to predict."""
+    def build(rows: Sequence[Row], pad_id: int, device: torch.device | str = "cpu",
+              layout: str = "right") -> TokenBatch:
+        """Pad rows on the `right` or `left`, or put them into one row without padding (`packed`).
+
+        Raises ValueError for an empty prompt or response, which has nothing to predict, and for another layout.
+        """
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
         if not rows:
             raise ValueError("a batch needs at least one row")
         for i, (prompt, response) in enumerate(rows):
             if not len(prompt) or not len(response):
                 raise ValueError(f"row {i}: prompt of {len(prompt)} and response of {len(response)} tokens; "
                                  "both need at least one")
+        packed = layout == "packed"
         width = max(len(p) + len(r) for p, r in rows)
-        ids: list[list[int]] = []
-        mask: list[list[int]] = []
+        ids: list[int] = []
+        mask: list[int] = []
+        position: list[int] = []
         predictor: list[int] = []
         target: list[int] = []
         row: list[int] = []
         for i, (prompt, response) in enumerate(rows):
             used = len(prompt) + len(response)
-            ids.append([*prompt, *response] + [pad_id] * (width - used))
-            mask.append([1] * used + [0] * (width - used))
-            start = i * width + len(prompt) - 1
-            predictor.extend(range(start, start + len(response)))
-            target.extend(response)
-            row.extend([i] * len(response))
+            before = width - used if layout == "left" else 0
+            after = 0 if packed else width - used - before
+            start = len(ids) + before + len(prompt) - 1
+            ids += [pad_id] * before + [*prompt, *response] + [pad_id] * after
+            mask += [0] * before + [1] * used + [0] * after
+            position += [0] * before + list(range(used)) + [0] * after
+            predictor += range(start, start + len(response))
+            target += response
+            row += [i] * len(response)
 
-        def put(values: list[int] | list[list[int]]) -> Tensor:
+        def put(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.long, device=device)
 
-        return TokenBatch(put(ids), put(mask), put(predictor), put(target), put(row),
-                          put([len(r) for _, r in rows]))
+        shape = (1, len(ids)) if packed else (len(rows), width)
+        return TokenBatch(put(ids).view(shape), None if packed else put(mask).view(shape), put(position).view(shape),
+                          put(predictor), put(target), put(row), put([len(r) for _, r in rows]))
 
     def spread(self, value_B: Float[Tensor, " B"]) -> Float[Tensor, " N"]:
         """One value per row -> one per response token."""

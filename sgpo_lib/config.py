@@ -22,6 +22,8 @@ from typing import Any
 
 import yaml
 
+from sgpo_lib.method_config import MethodConfig
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -103,40 +105,6 @@ class RewardConfig:
 
 
 @dataclass(frozen=True)
-class MethodConfig:
-    """The objective. `recipes.METHODS` holds the named ones."""
-
-    method: str = "sgpo"
-    """Name under which the run is shown."""
-    objective: str = "rl"
-    """`rl` (sampled responses) or `supervised` (expert solutions)."""
-    g1: int = 8
-    """G1: autonomous responses per problem."""
-    g2: int = 4
-    """G2: strategy-guided responses per problem; 0 samples none."""
-    advantage_eps: float = 1e-6
-    """Added to the group's standard deviation (veRL's value)."""
-    advantage_std: str = "sample"
-    """Group standard deviation: `sample` (divides by G-1, as veRL does) or `population`."""
-    clip_low: float = 0.2
-    """epsilon_low of Eq. 1: the ratio is clipped at 1 - clip_low."""
-    clip_high: float = 0.28
-    """epsilon_high of Eq. 1 (section 4.4 of the paper): the ratio is clipped at 1 + clip_high."""
-    distillation: str = "forward_kl"
-    """`forward_kl` (Eq. 3, guided to unguided) or `none`."""
-    kl_delta: float = 1.0
-    """delta of Eq. 5 in nats: tokens with a larger divergence are masked. `inf` masks none."""
-    alpha_base: float = 0.5
-    """alpha_0 of Eq. 6."""
-    alpha_gamma: float = 0.1
-    """gamma of Eq. 6."""
-    alpha_max: float = 0.8
-    """alpha_max of Eq. 6."""
-    guided_share: float = 0.0
-    """Share of supervised examples with the strategy in the prompt (the paper: 0)."""
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """Optimisation."""
 
@@ -152,6 +120,9 @@ class TrainConfig:
     """Passes over each sampled batch."""
     micro_batch: int = 128
     """Sequences per forward and backward pass. Changes memory and speed, not the result."""
+    layout: str = "right"
+    """How the sequences of a micro-batch share a forward pass: padded on the `right` or `left`, or `packed` into one
+    row with attention inside each sequence only. Changes speed, not the result."""
     kl_chunk_tokens: int = 256
     """Tokens whose full-vocabulary distributions exist at a time."""
     lr: float = 1e-4

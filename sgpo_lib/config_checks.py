@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 from sgpo_lib.config import RunConfig, field_index
+from sgpo_lib.method_config import CHOICES
 
-_NOT_NEGATIVE = ("steps", "alpha_base", "advantage_eps", "weight_decay", "max_grad_norm", "n_validation", "n_test",
-                 "eval_every", "eval_problems", "eval_max_new_tokens", "save_every", "context", "torch_threads")
+_NOT_NEGATIVE = ("steps", "alpha_base", "alpha_fixed", "entropy_coefficient", "advantage_eps", "weight_decay",
+                 "max_grad_norm", "n_validation", "n_test", "eval_every", "eval_problems", "eval_max_new_tokens",
+                 "save_every", "context", "torch_threads")
 
 
 def validate(config: RunConfig) -> RunConfig:
@@ -18,11 +20,10 @@ def validate(config: RunConfig) -> RunConfig:
     m, t, d, r, e = config.method, config.train, config.data, config.rollout, config.evaluation
     rl = m.objective == "rl"
     choices = [
-        ("method.objective", m.objective, ("rl", "supervised")),
-        ("method.distillation", m.distillation, ("forward_kl", "none")),
-        ("method.advantage_std", m.advantage_std, ("sample", "population")),
+        *((f"method.{name}", getattr(m, name), words) for name, words in CHOICES.items()),
         ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
         ("rollout.engine", r.engine, ("transformers",)),
+        ("train.layout", t.layout, ("right", "left", "packed")),
         ("train.lr_schedule", t.lr_schedule, ("constant", "linear", "cosine")),
         ("train.track", t.track, ("", "tensorboard", "trackio", "wandb")),
     ]
@@ -36,8 +37,20 @@ def validate(config: RunConfig) -> RunConfig:
         (m.alpha_max >= 0, "method.alpha_max", m.alpha_max, "0 or more"),
         (0 <= m.guided_share <= 1, "method.guided_share", m.guided_share, "0 to 1"),
         (m.kl_delta > 0, "method.kl_delta", m.kl_delta, "above 0 nats; inf for no clipping"),
-        (0 < m.clip_low < 1, "method.clip_low", m.clip_low, "between 0 and 1"),
-        (m.clip_high > 0, "method.clip_high", m.clip_high, "above 0"),
+        (0 < m.clip_low <= 1, "method.clip_low", m.clip_low, "above 0, at most 1; 1 does not clip below"),
+        (m.clip_high > 0, "method.clip_high", m.clip_high, "above 0; inf does not clip"),
+        (m.shaping_gamma > 0, "method.shaping_gamma", m.shaping_gamma,
+         "above 0: p / (p + gamma) of LUFFY has no gradient at 0"),
+        (m.expert != "fallback" or 0 <= m.expert_gate < m.g1, "method.expert_gate", m.expert_gate,
+         f"0 to g1 - 1 = {m.g1 - 1} correct responses"),
+        (m.expert_coefficient > 0, "method.expert_coefficient", m.expert_coefficient, "above 0"),
+        (0 <= m.ema_decay < 1, "method.ema_decay", m.ema_decay, "0 up to, not including, 1"),
+        (not rl or m.policy_gradient or (m.distillation != "none" and m.expert == "none"), "method.policy_gradient",
+         m.policy_gradient, "true where there is no distillation to learn from, or where method.expert is set"),
+        (m.guided_side == "live" or m.distillation in ("forward_kl", "reverse_kl"), "method.guided_side",
+         m.guided_side, "'live' where no divergence is learned (method.distillation)"),
+        (m.weighting != "group_advantage" or m.advantage_std != "none", "method.advantage_std", m.advantage_std,
+         "'sample' or 'population' with weighting='group_advantage': Eq. 8 divides by the deviation"),
         (0 <= t.epochs < math.inf, "train.epochs", t.epochs, "0 (train.steps decides) or more, finite"),
         (t.problems_per_step >= 1, "train.problems_per_step", t.problems_per_step, "at least 1"),
         (0 <= t.mini_batch <= t.problems_per_step, "train.mini_batch", t.mini_batch,

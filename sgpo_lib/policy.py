@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgpo_lib.batching import TokenBatch
+from sgpo_lib.batching import Row, TokenBatch
 from sgpo_lib.config import ModelConfig
 
 ADAPTER = "adapter"
@@ -32,12 +33,16 @@ class Policy:
     context: int
     """Longest prompt plus response in tokens."""
 
+    def token_batch(self, rows: Sequence[Row], layout: str = "right") -> TokenBatch:
+        """(prompt, response) rows as tensors on the policy's device; `layout` as in `TokenBatch.build`."""
+        return TokenBatch.build(rows, self.pad_id(), self.device, layout)
+
     def response_hidden(self, batch: TokenBatch) -> Float[Tensor, "N H"]:
         """Last hidden state before each response token: the state that predicts it. One row per response token."""
         causal = self._causal_model()
         backbone = getattr(causal, causal.base_model_prefix)
         states_BSH = backbone(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS,
-                              use_cache=False).last_hidden_state
+                              position_ids=batch.position_ids_BS, use_cache=False).last_hidden_state
         return states_BSH.flatten(0, 1)[batch.predictor_N]
 
     def head(self) -> tuple[Float[Tensor, "V H"], Float[Tensor, " V"] | None]:
@@ -166,7 +171,7 @@ def load_policy(config: ModelConfig, source: str, seed: int) -> Policy:
 
 @torch.no_grad()
 def _check_head(policy: Policy) -> None:
-    batch = TokenBatch.build([((0, 1), (2, 3, 4))], policy.pad_id(), policy.device)
+    batch = policy.token_batch([((0, 1), (2, 3, 4))])
     policy.model.eval()
     logits = policy.model(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS).logits
     weight, bias = policy.head()

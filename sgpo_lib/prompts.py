@@ -46,6 +46,13 @@ def prompt_ids(tokenizer: Any, problem: Problem, *, guided: bool) -> tuple[int, 
     return tuple(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
+def expert_text(problem: Problem) -> str:
+    """The expert solution; one without a box (GSM8K's, for one) gets a last sentence that boxes the answer."""
+    if "\\boxed{" in problem.solution:
+        return problem.solution
+    return f"{problem.solution.rstrip()}\nThe answer is \\boxed{{{problem.answer}}}."
+
+
 def response_ids(tokenizer: Any, text: str) -> tuple[int, ...]:
-    """Token ids of a written response (expert solution, supervised example), the end token appended."""
+    """Token ids of a written response (an expert solution), the end token appended."""
     return (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)

@@ -10,25 +10,57 @@ A profile only changes numbers and names; a method only changes the objective. D
    it, .15 and .31 (the same problems, another warm-up).
 5. The paper's profiles are configurations that never ran here. All weights in bfloat16 at lr 1e-6 need float32
    master weights, or AdamW's updates round to nothing; until training over several GPUs brings them, use LoRA.
-6. `tiny` and `smollm2` have their own learning rates, lengths and problem counts, chosen for minutes on two cores.
+6. Baselines get SGPO's budget of 12 samples: LUFFY 11 and one expert solution (`luffy8`: the original's 7 and one),
+   HPT 12 instead of 8. HPT's lr of 5e-6 and its coefficient and gate by model are its scripts'; `tiny` and `smollm2`
+   keep the profile's learning rate for every method. HPT's and LUFFY's own problem budgets and prompts are not used.
+7. Table 2's "without distillation" is said to reduce to SFT+GRPO. `no_distillation` keeps SGPO's 8 autonomous samples;
+   `sft_grpo` has the whole budget of 12. Show both.
+8. `tiny` and `smollm2` have their own learning rates, lengths and problem counts, chosen for minutes on two cores.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 from sgpo_lib.config import MethodConfig, RunConfig, field_index, override, unknown
 from sgpo_lib.config_checks import validate
 from sgpo_lib.tiny import base_key
 
-METHODS: dict[str, MethodConfig] = {
-    "sgpo": MethodConfig(method="sgpo"),
-    "grpo8": MethodConfig(method="grpo8", g1=8, g2=0, distillation="none"),
-    "sft_grpo": MethodConfig(method="sft_grpo", g1=12, g2=0, distillation="none"),
-    "sft": MethodConfig(method="sft", objective="supervised", g2=0, distillation="none"),
+_SGPO = MethodConfig()
+_GRPO = MethodConfig(g2=0, distillation="none")
+_WITH_EXPERT = replace(_GRPO, advantage_std="none", clip_low=1.0, clip_high=math.inf, aggregation="sequence_mean",
+                       entropy_coefficient=0.00025)
+_RECIPES: dict[str, MethodConfig] = {
+    "sgpo": _SGPO,
+    "sft": replace(_GRPO, objective="supervised"),
+    "sft_grpo": replace(_GRPO, g1=12),
+    "grpo8": _GRPO,
+    "luffy": replace(_WITH_EXPERT, g1=11, expert="group"),
+    "luffy8": replace(_WITH_EXPERT, g1=7, expert="group"),
+    "hpt": replace(_WITH_EXPERT, g1=12, expert="fallback"),
+    # Table 2
+    "no_distillation": _GRPO,
+    "no_grpo": replace(_SGPO, policy_gradient=False),
+    "no_proximal": replace(_SGPO, target_selection="all_correct", kl_delta=math.inf),
+    "no_kl_clip": replace(_SGPO, kl_delta=math.inf),
+    "no_target_selection": replace(_SGPO, target_selection="all_correct"),
+    "no_adaptive_weight": replace(_SGPO, weighting="fixed"),
+    # Tables 3, 6 and 7
+    "guided_sft": replace(_SGPO, distillation="cross_entropy"),
+    "reverse_kl": replace(_SGPO, distillation="reverse_kl"),
+    "group_advantage_weight": replace(_SGPO, weighting="group_advantage"),
 }
-"""SGPO (Algorithm 1); GRPO with SGPO's 8 autonomous samples; GRPO with SGPO's whole budget of 12; supervised
-warm-up on expert solutions."""
+METHODS: dict[str, MethodConfig] = {name: replace(config, method=name) for name, config in _RECIPES.items()}
+"""Name -> complete objective. docs/methods.md says what each is, where it is computed and what pins it."""
+
+_FOR_PROFILE: dict[tuple[str, str], dict[str, Any]] = {
+    ("hpt", "qwen2.5-1.5b"): {"expert_coefficient": 0.3, "lr": 5e-6},
+    ("hpt", "qwen2.5-7b"): {"lr": 5e-6},
+    ("hpt", "llama3-8b"): {"expert_gate": 3, "lr": 5e-6},
+}
+"""(method, profile) -> what HPT's published scripts set for that model."""
 
 _TINY: dict[str, Any] = {
     "model.source": "tiny", "train.torch_threads": 1, "model.device": "cpu",
@@ -96,7 +128,7 @@ def from_parameters(profile: str = "tiny", method: str = "sgpo", seed: int = 0, 
         implied["problem_args"] = {}  # the profile's arguments belong to the profile's source
     if "train.steps" in given and "train.epochs" not in given:
         implied["epochs"] = 0.0
-    config = override(override(config, implied), overrides)
+    config = override(override(override(config, _FOR_PROFILE.get((method, profile), {})), implied), overrides)
     if config.model.source == "tiny" and not config.model.revision:
         config = override(config, {"model.revision": base_key()})
     return validate(config)

@@ -80,7 +80,7 @@ class Rollout:
     text: str
     """Decoded response without special tokens."""
     stop: str
-    """`end` (the model ended) or `length` (it ran out of tokens)."""
+    """`end` (the model ended) or `length` (it ran out of tokens); an expert solution has `written`."""
     sampler_logp: tuple[float, ...] = ()
     """Log-probability of each token under the sampler's untruncated, temperature-1 distribution (nats)."""
     verdict: Verdict | None = None
@@ -108,6 +108,13 @@ class RolloutGroup:
     """Prompt of pi(.|q)."""
     guided_prompt_ids: tuple[int, ...] = ()
     """Prompt of pi(.|q,s)."""
+    expert: Rollout | None = None
+    """The expert solution as a response to the unguided prompt, where the method learns from it (LUFFY, HPT)."""
+
+    @property
+    def responses(self) -> list[Rollout]:
+        """Every response, the expert's last."""
+        return [*self.autonomous, *self.guided, *([self.expert] if self.expert else [])]
 
     @property
     def p_auto(self) -> float:

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from sgpo_lib.bases import base_source
 from sgpo_lib.batching import TokenBatch
 from sgpo_lib.config import RunConfig
 from sgpo_lib.evaluation import Evaluation, evaluate
+from sgpo_lib.guided_side import GuidedSide
 from sgpo_lib.losses.token_kl import token_logp_and_entropy
 from sgpo_lib.policy import Policy, load_policy
 from sgpo_lib.problems import Splits, load
@@ -64,6 +66,7 @@ class Session(OpenModel):
 
     run: Run
     optimizer: torch.optim.Optimizer
+    guided_side: GuidedSide
     total_steps: int
     step: int = 0
     """Steps completed."""
@@ -94,10 +97,10 @@ class Session(OpenModel):
         random.Random(f"order-{self.config.seed}-{epoch}").shuffle(order)
         return [items[i] for i in order[position * size : (position + 1) * size]]
 
-    def logp_and_entropy(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def logp_and_entropy(self, batch: TokenBatch, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (nats) of every response token of a batch under the policy."""
         return token_logp_and_entropy(self.policy.response_hidden(batch), batch.target_N, *self.policy.head(),
-                                      self.config.train.kl_chunk_tokens)
+                                      self.config.train.kl_chunk_tokens, entropy_gradient=entropy_gradient)
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up from 0, then constant or falling to 0 (steps from 1)."""
@@ -124,14 +127,15 @@ class Session(OpenModel):
         self.updating = True
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.guided_side.follow()
         return norm
 
     def save(self) -> None:
         """Checkpoint the state after `step` steps."""
         def write(folder: Path) -> None:
             self.policy.save(folder)
-            torch.save({"optimizer": self.optimizer.state_dict(), "torch_rng": torch.get_rng_state()},
-                       folder / "optimizer.pt")
+            torch.save({"optimizer": self.optimizer.state_dict(), "torch_rng": torch.get_rng_state(),
+                        "guided_side": self.guided_side.copies}, folder / "optimizer.pt")
         state = {"best_loss": self.best_loss, "best_step": self.best_step, "weights": self.policy.fingerprint()}
         protected = (self.best_step,) if self.best_step >= 0 else ()
         self.run.save_checkpoint(self.step, write, state, self.config.train.keep_checkpoints, protected)
@@ -142,6 +146,7 @@ class Session(OpenModel):
         stored = torch.load(folder / "optimizer.pt", weights_only=True, map_location=self.policy.device)
         self.optimizer.load_state_dict(stored["optimizer"])
         torch.set_rng_state(stored["torch_rng"].cpu())
+        self.guided_side.copies = stored["guided_side"]
         self.step, self.best_loss, self.best_step = state["step"], state["best_loss"], state["best_step"]
         self.run.forget_after(self.step)
 
@@ -174,7 +179,8 @@ def open_session(config: RunConfig, run: Run) -> Iterator[Session]:
     per_epoch = max(1, len(items) // min(train.problems_per_step, len(items)))
     total = math.ceil(train.epochs * per_epoch) if train.epochs else train.steps
     with model.verifier:
-        yield Session(config, policy, model.engine, model.verifier, splits, run, optimizer, total)
+        guided_side = GuidedSide(policy, config.method.guided_side, config.method.ema_decay)
+        yield Session(config, policy, model.engine, model.verifier, splits, run, optimizer, guided_side, total)
 
 
 def final_weights(run_folder: str, config: RunConfig) -> Path:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from sgpo_lib.batching import Row, TokenBatch, micro_batches
+from sgpo_lib.batching import Row, micro_batches
 from sgpo_lib.losses.imitation import sft_loss
 from sgpo_lib.problems import require_solutions, require_strategies
-from sgpo_lib.prompts import prompt_ids, response_ids
+from sgpo_lib.prompts import expert_text, prompt_ids, response_ids
 from sgpo_lib.records import Problem
 from sgpo_lib.session import Session
 
@@ -36,21 +36,20 @@ def expert_rows(session: Session) -> tuple[list[Row], list[Row]]:
     chance = random.Random(f"sft-guided-{session.config.seed}")
     rows: list[Row] = [(prompt_ids(tokenizer, p, guided=chance.random() < share),
                         response_ids(tokenizer, expert_text(p))) for p in problems]
-    for problem, (prompt, response) in zip(problems, rows, strict=True):
-        if len(prompt) + len(response) > session.policy.context:
-            raise ValueError(f"problem {problem.id}: prompt and solution have {len(prompt) + len(response)} tokens, "
-                             f"the context is {session.policy.context}. Shorten the solution or leave the problem out")
+    for problem, row in zip(problems, rows, strict=True):
+        require_room(problem, row, session.policy.context)
     order = list(range(len(rows)))
     random.Random(f"sft-validation-{session.config.seed}").shuffle(order)
     held = max(1, len(rows) // 10)
     return [rows[i] for i in sorted(order[held:])], [rows[i] for i in sorted(order[:held])]
 
 
-def expert_text(problem: Problem) -> str:
-    """The expert solution; one without a box (GSM8K's, for one) gets a last sentence that boxes the answer."""
-    if "\\boxed{" in problem.solution:
-        return problem.solution
-    return f"{problem.solution.rstrip()}\nThe answer is \\boxed{{{problem.answer}}}."
+def require_room(problem: Problem, row: Row, context: int) -> None:
+    """Raises ValueError where prompt and expert solution are longer than the context (in tokens)."""
+    used = len(row[0]) + len(row[1])
+    if used > context:
+        raise ValueError(f"problem {problem.id}: prompt and solution have {used} tokens, the context is {context}. "
+                         "Shorten the solution or leave the problem out")
 
 
 def supervised_step(session: Session, step: int, rows: Sequence[Row]) -> dict[str, Any]:
@@ -73,7 +72,7 @@ def _accumulate(session: Session, rows: Sequence[Row], *, backward: bool) -> tup
     tokens = sum(len(response) for _, response in rows)
     nll = 0.0
     for part in micro_batches(rows, session.config.train.micro_batch):
-        batch = TokenBatch.build([rows[i] for i in part], session.policy.pad_id(), session.policy.device)
+        batch = session.policy.token_batch([rows[i] for i in part], session.config.train.layout)
         logp_N, _ = session.logp_and_entropy(batch)
         output = sft_loss(logp_N, torch.full_like(logp_N, 1 / tokens))
         nll += output.metrics["nll_sum"]

@@ -1,9 +1,8 @@
 """Training: Algorithm 1 of the paper as one loop, read top to bottom.
 
 `train(config)` opens the run folder, loads, loops over steps, evaluates, saves and finishes. `sgpo_step` is one
-iteration of Algorithm 1; every RL method is that step with other fields (g2 = 0 and no distillation is GRPO).
-
-Shape suffixes: N response tokens of a micro-batch in row order, B its rows.
+iteration of Algorithm 1; every RL method is that step with other fields (g2 = 0 and no distillation is GRPO). What a
+batch means for the weights is in `objective.py`.
 """
 
 from __future__ import annotations
@@ -14,26 +13,18 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sgpo_lib.batching import Row, TokenBatch, micro_batches
 from sgpo_lib.config import RunConfig
-from sgpo_lib.losses.distillation import clipped_kl_loss, most_reachable
-from sgpo_lib.losses.grpo import group_advantages, grpo_loss
-from sgpo_lib.losses.guidance_weight import adaptive_weight
-from sgpo_lib.losses.masked import sequence_mean_weights, sum_by_row
-from sgpo_lib.losses.token_kl import forward_kl_guided_to_unguided
-from sgpo_lib.problems import load, require_strategies
-from sgpo_lib.prompts import prompt_ids
+from sgpo_lib.objective import DIVERGENCES, ProblemWork, accumulate, autonomous_logp, plan
+from sgpo_lib.problems import load, require_solutions, require_strategies
+from sgpo_lib.prompts import expert_text, prompt_ids, response_ids
 from sgpo_lib.records import RolloutGroup
 from sgpo_lib.rollouts.groups import judge_groups, rollout_rows, sample_groups
 from sgpo_lib.runs import Run, locked, open_run
 from sgpo_lib.session import FINAL, Session, open_session
-from sgpo_lib.supervised import expert_rows, supervised_step, validation_loss
+from sgpo_lib.supervised import expert_rows, require_room, supervised_step, validation_loss
 from sgpo_lib.tracking import Tracker
 
 OnRow = Callable[[dict[str, Any]], None]
@@ -132,16 +123,15 @@ def sgpo_step(session: Session, step: int) -> dict[str, Any]:
         several = train_config.updates_per_batch > 1 or 0 < train_config.mini_batch < len(works)
         old_logp = autonomous_logp(session, works) if several else None
 
-    sums: collections.Counter[str] = collections.Counter()
+    sums: collections.Counter = collections.Counter()
     with session.phase("update"):  # lines 10, 14, 19 and 21
         size = train_config.mini_batch or len(works)
         updates = 0
         for _ in range(train_config.updates_per_batch):
             for start in range(0, len(works), size):
                 part = works[start : start + size]
-                accumulate_policy_gradient(session, part, old_logp, sums)
-                accumulate_distillation(session, part, sums)
-                sums["grad_norm"] += session.update(step)  # type: ignore[assignment]
+                accumulate(session, part, old_logp, sums)
+                sums.update({"grad_norm": session.update(step)})
                 updates += 1
 
     if step == 1 or step == session.total_steps or step % KEEP_ROLLOUTS_EVERY == 0:
@@ -149,119 +139,27 @@ def sgpo_step(session: Session, step: int) -> dict[str, Any]:
     return step_metrics(session, groups, works, sums, updates, step)
 
 
-@dataclass
-class ProblemWork:
-    """What one problem contributes to the loss of Eq. 7."""
-
-    group: RolloutGroup
-    advantages: list[float]
-    """A_i of the autonomous group."""
-    target: int | None
-    """Index of o+ among the guided responses; None where there is nothing to distil."""
-    alpha: float
-    """alpha(q); 0 where there is no target (Algorithm 1, line 17)."""
-
-
-@torch.no_grad()
-def plan(session: Session, groups: Sequence[RolloutGroup]) -> list[ProblemWork]:
-    """Advantages (Eq. 1), reachable targets (Eq. 4) and weights (Eq. 6) of a batch."""
-    method = session.config.method
-    distils = method.distillation != "none"
-    correct = [(g, o) for g in groups for o in g.guided if o.verdict and o.verdict.correct] if distils else []
-    rows: list[Row] = [(g.unguided_prompt_ids, o.token_ids) for g, o in correct]
-    reach = {id(o): float("-inf") for g in groups for o in g.guided}
-    for part in micro_batches(rows, session.config.train.micro_batch):
-        batch = TokenBatch.build([rows[i] for i in part], session.policy.pad_id(), session.policy.device)
-        sums_B = sum_by_row(session.logp_and_entropy(batch)[0], batch.row_N, len(part))
-        reach.update({id(correct[i][1]): value for i, value in zip(part, sums_B.tolist(), strict=True)})
-    works = []
-    for group in groups:
-        rewards_G = torch.tensor([o.reward for o in group.autonomous], dtype=torch.float64)
-        advantages = group_advantages(rewards_G, method.advantage_eps, method.advantage_std).tolist()
-        target, alpha = None, 0.0
-        if distils:
-            target = most_reachable([reach[id(o)] for o in group.guided],
-                                    [bool(o.verdict and o.verdict.correct) for o in group.guided])
-        if target is not None:
-            alpha = adaptive_weight(group.p_guide, group.p_auto, method.alpha_base, method.alpha_gamma,
-                                    method.alpha_max)
-        works.append(ProblemWork(group, advantages, target, alpha))
-    return works
-
-
-@torch.no_grad()
-def autonomous_logp(session: Session, works: Sequence[ProblemWork]) -> dict[int, torch.Tensor]:
-    """id(response) -> log pi_old of its tokens, by the trainer itself, before the batch's first update."""
-    rollouts = [o for w in works for o in w.group.autonomous]
-    rows: list[Row] = [(o.prompt_ids, o.token_ids) for o in rollouts]
-    old: dict[int, torch.Tensor] = {}
-    for part in micro_batches(rows, session.config.train.micro_batch):
-        batch = TokenBatch.build([rows[i] for i in part], session.policy.pad_id(), session.policy.device)
-        pieces = session.logp_and_entropy(batch)[0].split(batch.length_B.tolist())
-        old.update({id(rollouts[i]): piece for i, piece in zip(part, pieces, strict=True)})
-    return old
-
-
-def accumulate_policy_gradient(session: Session, works: Sequence[ProblemWork],
-                               old_logp: dict[int, torch.Tensor] | None, sums: collections.Counter) -> None:
-    """Gradient of -L_GRPO (Eq. 1) of a mini-batch: mean over its problems, their responses, their tokens."""
-    method, device = session.config.method, session.policy.device
-    flat = [(o, a) for w in works for o, a in zip(w.group.autonomous, w.advantages, strict=True)]
-    rows: list[Row] = [(o.prompt_ids, o.token_ids) for o, _ in flat]
-    for part in micro_batches(rows, session.config.train.micro_batch):
-        batch = TokenBatch.build([rows[i] for i in part], session.policy.pad_id(), device)
-        logp_N, entropy_N = session.logp_and_entropy(batch)
-        old_N = torch.cat([old_logp[id(flat[i][0])] for i in part]) if old_logp else logp_N.detach()
-        advantage_B = torch.tensor([flat[i][1] for i in part], dtype=torch.float32, device=device)
-        share_B = torch.full((len(part),), 1 / (len(works) * method.g1), device=device)
-        weight_N = sequence_mean_weights(batch.length_B, batch.row_N, share_B)
-        output = grpo_loss(logp_N, old_N, batch.spread(advantage_B), weight_N, method.clip_low, method.clip_high)
-        output.loss.backward()
-        sampler_N = torch.tensor([x for i in part for x in flat[i][0].sampler_logp], device=device)
-        sums.update(output.metrics)
-        sums.update({"loss_grpo": float(output.loss.detach()), "entropy_sum": float(entropy_N.sum()),
-                     "gap_sum": float((old_N - sampler_N).abs().sum())})
-
-
-def accumulate_distillation(session: Session, works: Sequence[ProblemWork], sums: collections.Counter) -> None:
-    """Gradient of alpha(q) L_KD (Eq. 5 and 7) of a mini-batch: mean over its problems."""
-    method, train_config, device = session.config.method, session.config.train, session.policy.device
-    chosen = [(w, w.group.guided[w.target]) for w in works if w.target is not None and w.alpha > 0]
-    rows: list[Row] = [(w.group.unguided_prompt_ids, o.token_ids) for w, o in chosen]
-    guided_rows: list[Row] = [(w.group.guided_prompt_ids, o.token_ids) for w, o in chosen]
-    for part in micro_batches(rows, train_config.micro_batch):
-        unguided = TokenBatch.build([rows[i] for i in part], session.policy.pad_id(), device)
-        guided = TokenBatch.build([guided_rows[i] for i in part], session.policy.pad_id(), device)
-        with torch.no_grad():
-            guided_hidden_NH = session.policy.response_hidden(guided)
-        kl_N = forward_kl_guided_to_unguided(guided_hidden_NH, session.policy.response_hidden(unguided),
-                                             *session.policy.head(), train_config.kl_chunk_tokens)
-        alpha_B = torch.tensor([chosen[i][0].alpha / len(works) for i in part], device=device)
-        weight_N = sequence_mean_weights(unguided.length_B, unguided.row_N, alpha_B)
-        output = clipped_kl_loss(kl_N, weight_N, method.kl_delta)
-        output.loss.backward()
-        sums.update(output.metrics)
-        sums.update({"loss_kd": float(output.loss.detach())})
-
-
 def step_metrics(session: Session, groups: Sequence[RolloutGroup], works: Sequence[ProblemWork],
                  sums: collections.Counter, updates: int, step: int) -> dict[str, Any]:
     """The row of a step. Means over tokens are taken from sums over all updates of the step."""
     autonomous = [o for g in groups for o in g.autonomous]
     guided = [o for g in groups for o in g.guided]
-    everything = autonomous + guided
+    everything, method = autonomous + guided, session.config.method
     tokens = sum(len(o.token_ids) for o in everything)
-    policy_tokens, kl_tokens = sums["policy_token_count"], sums["kl_token_count"]
+
+    def per(name: str, count: str) -> float:
+        return sums[name] / sums[count] if sums[count] else 0.0
+
     row: dict[str, Any] = {
         "reward_autonomous": sum(g.p_auto for g in groups) / len(groups),
-        "entropy": sums["entropy_sum"] / policy_tokens,
+        "entropy": per("entropy_sum", "measured_token_count"),
         "response_length": sum(len(o.token_ids) for o in autonomous) / len(autonomous),
         "length_limit_share": sum(o.stop == "length" for o in everything) / len(everything),
         "unverifiable_share": sum(o.verdict.status == "unverifiable" for o in everything if o.verdict)
         / len(everything),
         "zero_variance_share": sum(not any(w.advantages) for w in works) / len(works),
-        "policy_clip_share": sums["policy_clipped_count"] / policy_tokens,
-        "sampler_trainer_gap": sums["gap_sum"] / policy_tokens,
+        "policy_clip_share": per("policy_clipped_count", "policy_token_count"),
+        "sampler_trainer_gap": per("gap_sum", "measured_token_count"),
         "loss_grpo": sums["loss_grpo"] / updates, "grad_norm": sums["grad_norm"] / updates,
         "lr": session.learning_rate(step), "updates": updates, "tokens": tokens,
         "tokens_per_second": tokens / session.seconds["sample"],
@@ -270,12 +168,19 @@ def step_metrics(session: Session, groups: Sequence[RolloutGroup], works: Sequen
         row |= {
             "reward_guided": sum(g.p_guide for g in groups) / len(groups),
             "alpha": sum(w.alpha for w in works) / len(works),
-            "target_share": sum(w.target is not None for w in works) / len(works),
-            "kl_mean": sums["kl_sum"] / kl_tokens if kl_tokens else 0.0,
-            "kl_clipped_share": sums["kl_clipped_count"] / kl_tokens if kl_tokens else 0.0,
-            "loss_kd": sums["loss_kd"] / updates,
+            "target_share": sum(bool(w.targets) for w in works) / len(works), "loss_kd": sums["loss_kd"] / updates,
         }
-    return row | {"loss": row["loss_grpo"] + row.get("loss_kd", 0.0)}
+    if method.distillation in DIVERGENCES:
+        row |= {"kl_mean": per("kl_sum", "kl_token_count"),
+                "kl_clipped_share": per("kl_clipped_count", "kl_token_count")}
+    if method.expert != "none":
+        learned = [w for w in works if (w.expert_advantage if method.expert == "group" else w.imitates)]
+        row |= {"reward_expert": sum(g.expert.reward for g in groups if g.expert) / len(groups),
+                "expert_share": len(learned) / len(works), "expert_p": per("expert_p_sum", "expert_token_count"),
+                "loss_expert": sums["loss_expert"] / updates}
+    if method.entropy_coefficient:
+        row["loss_entropy"] = sums["loss_entropy"] / updates
+    return row | {"loss": sum(v for k, v in row.items() if k.startswith("loss_"))}
 
 
 def _check(session: Session) -> None:
@@ -285,6 +190,12 @@ def _check(session: Session) -> None:
     guided = config.method.objective == "rl" and config.method.g2 > 0
     if guided:
         require_strategies(splits.train)
+    if config.method.objective == "rl" and config.method.expert != "none":
+        require_solutions(splits.train)
+        tokenizer = session.policy.tokenizer
+        for problem in splits.train:
+            row = prompt_ids(tokenizer, problem, guided=False), response_ids(tokenizer, expert_text(problem))
+            require_room(problem, row, session.policy.context)
     unreadable = session.verifier.audit(everything)
     if unreadable:
         shown = "; ".join(f"{p.id}: {p.answer!r} ({reason})" for p, reason in unreadable[:5])

@@ -16,6 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+Head = tuple[Float[Tensor, "V H"], Float[Tensor, " V"] | None]
+"""Output matrix and bias: logits = hidden @ matrix.T + bias."""
+
 
 def _log_softmax(hidden_NH: Tensor, head_VH: Tensor, bias_V: Tensor | None) -> Tensor:
     logits_NV = torch.nn.functional.linear(hidden_NH, head_VH, bias_V)
@@ -35,29 +38,51 @@ def _in_chunks(function: Callable[..., Tensor], chunk: int, per_token: tuple[Ten
 
 
 def token_logp_and_entropy(hidden_NH: Float[Tensor, "N H"], target_N: Int[Tensor, " N"], head_VH: Float[Tensor, "V H"],
-                           bias_V: Float[Tensor, " V"] | None, chunk: int) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target token (carries gradient) and entropy of its distribution (does not)."""
+                           bias_V: Float[Tensor, " V"] | None, chunk: int, *,
+                           entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target token (carries gradient) and entropy of its distribution (where asked)."""
     def one(hidden: Tensor, target: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
         logp = _log_softmax(hidden, head, bias)
-        entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
-        return torch.stack([logp.gather(-1, target[:, None])[:, 0], entropy], dim=-1)
+        inner = logp if entropy_gradient else logp.detach()
+        return torch.stack([logp.gather(-1, target[:, None])[:, 0], -(inner.exp() * inner).sum(-1)], dim=-1)
 
     both_N2 = _in_chunks(one, chunk, (hidden_NH, target_N), head_VH, bias_V)
-    return both_N2[:, 0], both_N2[:, 1].detach()
+    return both_N2[:, 0], both_N2[:, 1] if entropy_gradient else both_N2[:, 1].detach()
 
 
 def forward_kl_guided_to_unguided(guided_hidden_NH: Float[Tensor, "N H"], unguided_hidden_NH: Float[Tensor, "N H"],
-                                  head_VH: Float[Tensor, "V H"], bias_V: Float[Tensor, " V"] | None,
-                                  chunk: int) -> Float[Tensor, " N"]:
+                                  head_VH: Float[Tensor, "V H"], bias_V: Float[Tensor, " V"] | None, chunk: int,
+                                  guided_head: Head | None = None) -> Float[Tensor, " N"]:
     """d_t = KL( sg[pi(.|q,s,o_<t)] || pi(.|q,o_<t) ) over the full vocabulary (Eq. 3).
 
     The stop-gradient covers the guided hidden states and the output matrix on the guided side; gradient reaches the
-    unguided states, and the matrix through the unguided side alone.
+    unguided states, and the matrix through the unguided side alone. `guided_head` is the guided side's output matrix
+    and bias where they are other weights (a frozen or averaged copy).
     """
-    def one(guided: Tensor, unguided: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
-        with torch.no_grad():
-            guided_logp = _log_softmax(guided, head, bias)
-        unguided_logp = _log_softmax(unguided, head, bias)
+    def divergence(guided_logp: Tensor, unguided_logp: Tensor) -> Tensor:
         return (guided_logp.exp() * (guided_logp - unguided_logp)).sum(-1)
 
-    return _in_chunks(one, chunk, (guided_hidden_NH.detach(), unguided_hidden_NH), head_VH, bias_V)
+    return _kl(divergence, guided_hidden_NH, unguided_hidden_NH, (head_VH, bias_V), chunk, guided_head)
+
+
+def reverse_kl_unguided_to_guided(guided_hidden_NH: Float[Tensor, "N H"], unguided_hidden_NH: Float[Tensor, "N H"],
+                                  head_VH: Float[Tensor, "V H"], bias_V: Float[Tensor, " V"] | None, chunk: int,
+                                  guided_head: Head | None = None) -> Float[Tensor, " N"]:
+    """KL( pi(.|q,o_<t) || sg[pi(.|q,s,o_<t)] ) over the full vocabulary (appendix F, Table 6).
+
+    Arguments and stop-gradient as in `forward_kl_guided_to_unguided`.
+    """
+    def divergence(guided_logp: Tensor, unguided_logp: Tensor) -> Tensor:
+        return (unguided_logp.exp() * (unguided_logp - guided_logp)).sum(-1)
+
+    return _kl(divergence, guided_hidden_NH, unguided_hidden_NH, (head_VH, bias_V), chunk, guided_head)
+
+
+def _kl(divergence: Callable[[Tensor, Tensor], Tensor], guided_hidden_NH: Tensor, unguided_hidden_NH: Tensor,
+        head: Head, chunk: int, guided_head: Head | None) -> Tensor:
+    def one(guided: Tensor, unguided: Tensor, guided_side: Head, unguided_side: Head) -> Tensor:
+        with torch.no_grad():
+            guided_logp = _log_softmax(guided, *guided_side)
+        return divergence(guided_logp, _log_softmax(unguided, *unguided_side))
+
+    return _in_chunks(one, chunk, (guided_hidden_NH.detach(), unguided_hidden_NH), guided_head or head, head)
