@@ -21,9 +21,21 @@ METHODS = {  # name: label, colour, dash
     "sft_grpo": ("SFT+GRPO (12 samples)", "#D55E00", "dash"),
     "grpo8": ("GRPO (8 samples)", "#009E73", "dot"),
     "sft": ("SFT", "#CC79A7", "dashdot"),
+    "luffy": ("LUFFY (11 samples, 1 expert)", "#E69F00", "longdash"),
+    "luffy8": ("LUFFY (7 samples, 1 expert)", "#B8860B", "longdash"),
+    "hpt": ("HPT (12 samples)", "#56B4E9", "longdashdot"),
+    "no_distillation": ("w/o distillation", "#117733", "dot"),
+    "no_grpo": ("w/o autonomous GRPO", "#AA3377", "dash"),
+    "no_proximal": ("w/o proximal constraints", "#882255", "dot"),
+    "no_kl_clip": ("w/o KL clipping", "#CC6677", "dashdot"),
+    "no_target_selection": ("w/o target selection", "#999933", "longdash"),
+    "no_adaptive_weight": ("alpha = 1", "#332288", "dash"),
+    "guided_sft": ("direct SFT on o+", "#661100", "dashdot"),
+    "reverse_kl": ("reverse KL", "#6699CC", "dot"),
+    "group_advantage_weight": ("group-advantage weight", "#44AA99", "longdashdot"),
 }
 """Label, colour and dash of the named methods; others take what is left."""
-_SPARE = ("#E69F00", "#56B4E9", "#8C6D31", "#7F7F7F")
+_SPARE = ("#8C6D31", "#7F7F7F", "#5D4A7E", "#4B6C4B")
 GUIDED, AUTONOMOUS = "#E69F00", "#0072B2"
 """Colours of the two prompts, where a figure compares them."""
 LABELS = {

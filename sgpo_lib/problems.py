@@ -93,23 +93,24 @@ def load(data: DataConfig) -> Splits:
     return Splits(tuple(warmup), tuple(train), tuple(parts["validation"]), tuple(parts["test"]), source)
 
 
-def require_strategies(problems: Sequence[Problem]) -> None:
+def require_strategies(problems: Sequence[Problem], source: str) -> None:
     """Raises ValueError naming problems without a strategy, which guided sampling and distillation need."""
-    _require(problems, "strategy", "name a file with one strategy per problem id in data.strategies, give the problems "
-             "a `strategy` field, or take a method without guidance (g2=0, distillation='none')")  # fmt: skip
+    _require(problems, source, "strategy", "name a file with one strategy per problem id in data.strategies, give the "
+             "problems a `strategy` field, or take a method without guidance (g2=0, distillation='none')")
 
 
-def require_solutions(problems: Sequence[Problem]) -> None:
-    """Raises ValueError naming problems without an expert solution, which supervised methods need."""
-    _require(problems, "solution", "give the problems a `solution` field, take a source that has them (testbed, "
-             "reasoning-gym:chain_sum or gsm_symbolic), or a method without supervised steps")  # fmt: skip
+def require_solutions(problems: Sequence[Problem], source: str) -> None:
+    """Raises ValueError naming problems without an expert solution, which SFT, LUFFY and HPT learn."""
+    _require(problems, source, "solution", "give the problems a `solution` field, take a source with them "
+             "(testbed, reasoning-gym:chain_sum or gsm_symbolic), or a method that learns from none (sgpo)")
 
 
-def _require(problems: Sequence[Problem], what: str, cure: str) -> None:
+def _require(problems: Sequence[Problem], source: str, what: str, cure: str) -> None:
     missing = [p.id for p in problems if not getattr(p, what)]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise ValueError(f"{len(missing)} of {len(problems)} problems have no {what}: {shown}. Cure: {cure}")
+        raise ValueError(f"{len(missing)} of {len(problems)} problems of {source} have no {what}: {shown}. "
+                         f"Cure: {cure}")
 
 
 def normalised(prompt: str) -> str:

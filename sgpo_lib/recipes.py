@@ -100,7 +100,7 @@ PROFILES: dict[str, dict[str, Any]] = {
 
 NOTEBOOK_FIELDS: dict[str, str] = {
     "overrides": "Any other configuration fields by name, short or dotted.",
-    "baseline": "Method that a notebook trains beside SGPO; empty for none.",
+    "baseline": "Method that a notebook trains beside the first; empty for none.",
     "warmup_steps": "Steps of the supervised warm-up run that comes before RL; 0 for none.",
     "run": "Folder of one finished run.",
     "runs": "Folders of several runs; empty for all that fit.",

@@ -26,13 +26,13 @@ def expert_rows(session: Session) -> tuple[list[Row], list[Row]]:
     strategy, where one is shown), and for fewer than two problems.
     """
     problems = list(session.splits.warmup or session.splits.train)
-    require_solutions(problems)
+    require_solutions(problems, session.splits.source)
     if len(problems) < 2:
         raise ValueError(f"supervised warm-up has {len(problems)} problem(s); it needs at least 2, one to validate")
     tokenizer = session.policy.tokenizer
     share = session.config.method.guided_share
     if share:
-        require_strategies(problems)
+        require_strategies(problems, session.splits.source)
     chance = random.Random(f"sft-guided-{session.config.seed}")
     rows: list[Row] = [(prompt_ids(tokenizer, p, guided=chance.random() < share),
                         response_ids(tokenizer, expert_text(p))) for p in problems]

@@ -189,9 +189,9 @@ def _check(session: Session) -> None:
     everything = [*splits.warmup, *splits.train, *splits.validation, *splits.test]
     guided = config.method.objective == "rl" and config.method.g2 > 0
     if guided:
-        require_strategies(splits.train)
+        require_strategies(splits.train, splits.source)
     if config.method.objective == "rl" and config.method.expert != "none":
-        require_solutions(splits.train)
+        require_solutions(splits.train, splits.source)
         tokenizer = session.policy.tokenizer
         for problem in splits.train:
             row = prompt_ids(tokenizer, problem, guided=False), response_ids(tokenizer, expert_text(problem))

@@ -18,12 +18,13 @@ FOLDER = Path(sgpo_lib.__file__).parent
 MAX_LINES = 350
 
 ORDER = [
-    "config", "config_checks", "records", "prompts", "testbed_families", "testbed", "tiny", "recipes", "runs",
-    "answers", "equivalence", "reward_worker",
+    "method_config", "config", "config_checks", "records", "prompts", "testbed_families", "testbed", "tiny", "recipes",
+    "runs", "answers", "equivalence", "reward_worker",
     "rewards", "problems", "batching", "policy", "rollouts.interface",
-    "rollouts", "rollouts.*", "strategies", "losses.masked", "losses", "losses.*", "analysis", "evaluation",
-    "bases", "session", "supervised", "tracking", "trainer", "frames", "figures", "live", "heatmap", "jobs", "pages",
-    "report", "launch", "batch_spec", "batch", "cli",
+    "rollouts", "rollouts.*", "strategies", "losses.masked", "losses", "losses.grpo", "losses.*",
+    "analysis", "evaluation", "bases", "guided_side", "session", "supervised", "tracking", "objective", "trainer",
+    "frames", "figures", "method_figures", "live", "heatmap", "jobs", "pages", "report", "launch",
+    "batch_spec", "batch", "cli",
 ]  # fmt: skip
 """Each module imports only from those above it. `x.*` are the remaining modules of package x, which do not import
 each other. The package itself (`sgpo_lib/__init__.py`) is above all."""

@@ -262,8 +262,8 @@ def test_the_quickstart_series_is_sound():
     """The batch file of `make run` against the notebooks there are: names, parameters, dependencies."""
     spec = Path(__file__).parent.parent / "experiments" / "quickstart.yaml"
     plan = load_batch(spec)
-    assert len(plan.jobs) == len({j.name for j in plan.jobs}) == 14
-    assert len(load_batch(spec, smoke=True).jobs) == 10
+    assert len(plan.jobs) == len({j.name for j in plan.jobs}) == 15
+    assert len(load_batch(spec, smoke=True).jobs) == 11
 
 
 def test_a_relative_file_means_where_the_command_runs(tmp_path, monkeypatch):

