@@ -4,7 +4,7 @@ A response token at position t of its sequence is predicted by the hidden state 
 every response token of every row, in row order, the flat index of that state. Both prompts of a response therefore
 give tensors of the same N rows in the same order, whatever the prompts' lengths.
 
-Shape suffixes: B rows, S padded (or packed) length, N response tokens of all rows.
+Shape suffixes: B rows, R tensor rows (B, or 1 where packed), S padded or packed length, N response tokens of all rows.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ LAYOUTS = ("right", "left", "packed")
 class TokenBatch:
     """Padded or packed sequences and where their response tokens are."""
 
-    input_ids_BS: Int[Tensor, "B S"]
-    """One sequence per row, or all of them in one row (B = 1) where they are packed."""
-    attention_mask_BS: Int[Tensor, "B S"] | None
+    input_ids_RS: Int[Tensor, "R S"]
+    """One sequence per row, or all of them in one (R = 1) where they are packed."""
+    attention_mask_RS: Int[Tensor, "R S"] | None
     """1 for tokens, 0 for padding; None where packed, since positions that start again at 0 part the sequences."""
-    position_ids_BS: Int[Tensor, "B S"]
+    position_ids_RS: Int[Tensor, "R S"]
     """Position of each token within its own sequence; 0 for padding."""
     predictor_N: Int[Tensor, " N"]
-    """Flat index into B*S of the state that predicts each response token."""
+    """Flat index into R*S of the state that predicts each response token."""
     target_N: Int[Tensor, " N"]
     """The response tokens themselves."""
     row_N: Int[Tensor, " N"]

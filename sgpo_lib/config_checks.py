@@ -33,17 +33,18 @@ def validate(config: RunConfig) -> RunConfig:
         (m.g2 >= 0, "method.g2", m.g2, "0 or more"),
         (m.distillation == "none" or not rl or m.g2 >= 1, "method.g2", m.g2,
          "at least 1 where method.distillation is on; or set distillation='none'"),
-        (m.alpha_gamma > 0, "method.alpha_gamma", m.alpha_gamma, "above 0: Eq. 6 divides by p_auto + gamma"),
+        (0 < m.alpha_gamma < math.inf, "method.alpha_gamma", m.alpha_gamma,
+         "above 0, finite: Eq. 6 divides by p_auto + gamma"),
         (m.alpha_max >= 0, "method.alpha_max", m.alpha_max, "0 or more"),
         (0 <= m.guided_share <= 1, "method.guided_share", m.guided_share, "0 to 1"),
         (m.kl_delta > 0, "method.kl_delta", m.kl_delta, "above 0 nats; inf for no clipping"),
         (0 < m.clip_low <= 1, "method.clip_low", m.clip_low, "above 0, at most 1; 1 does not clip below"),
         (m.clip_high > 0, "method.clip_high", m.clip_high, "above 0; inf does not clip"),
-        (m.shaping_gamma > 0, "method.shaping_gamma", m.shaping_gamma,
-         "above 0: p / (p + gamma) of LUFFY has no gradient at 0"),
+        (0 < m.shaping_gamma < math.inf, "method.shaping_gamma", m.shaping_gamma,
+         "above 0, finite: p / (p + gamma) of LUFFY has no gradient at 0"),
         (m.expert != "fallback" or 0 <= m.expert_gate < m.g1, "method.expert_gate", m.expert_gate,
          f"0 to g1 - 1 = {m.g1 - 1} correct responses"),
-        (m.expert_coefficient > 0, "method.expert_coefficient", m.expert_coefficient, "above 0"),
+        (0 < m.expert_coefficient < math.inf, "method.expert_coefficient", m.expert_coefficient, "above 0, finite"),
         (0 <= m.ema_decay < 1, "method.ema_decay", m.ema_decay, "0 up to, not including, 1"),
         (not rl or m.policy_gradient or (m.distillation != "none" and m.expert == "none"), "method.policy_gradient",
          m.policy_gradient, "true where there is no distillation to learn from, or where method.expert is set"),
@@ -82,7 +83,7 @@ def validate(config: RunConfig) -> RunConfig:
     for name in _NOT_NEGATIVE:
         section, _, leaf = field_index()[name].partition(".")
         value = getattr(getattr(config, section), leaf)
-        checks.append((value >= 0, f"{section}.{leaf}", value, "0 or more"))
+        checks.append((0 <= value < math.inf, f"{section}.{leaf}", value, "0 or more, finite"))
     faults += [f"{name}: got {got!r}, expected {want}" for ok, name, got, want in checks if not ok]
     if faults:
         raise ValueError("the configuration cannot work:\n  " + "\n  ".join(faults))

@@ -41,8 +41,8 @@ class Policy:
         """Last hidden state before each response token: the state that predicts it. One row per response token."""
         causal = self._causal_model()
         backbone = getattr(causal, causal.base_model_prefix)
-        states_BSH = backbone(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS,
-                              position_ids=batch.position_ids_BS, use_cache=False).last_hidden_state
+        states_BSH = backbone(input_ids=batch.input_ids_RS, attention_mask=batch.attention_mask_RS,
+                              position_ids=batch.position_ids_RS, use_cache=False).last_hidden_state
         return states_BSH.flatten(0, 1)[batch.predictor_N]
 
     def head(self) -> tuple[Float[Tensor, "V H"], Float[Tensor, " V"] | None]:
@@ -173,7 +173,7 @@ def load_policy(config: ModelConfig, source: str, seed: int) -> Policy:
 def _check_head(policy: Policy) -> None:
     batch = policy.token_batch([((0, 1), (2, 3, 4))])
     policy.model.eval()
-    logits = policy.model(input_ids=batch.input_ids_BS, attention_mask=batch.attention_mask_BS).logits
+    logits = policy.model(input_ids=batch.input_ids_RS, attention_mask=batch.attention_mask_RS).logits
     weight, bias = policy.head()
     ours = torch.nn.functional.linear(policy.response_hidden(batch), weight, bias)
     policy.model.train()
