@@ -149,8 +149,8 @@ def accumulate_policy_gradient(session: Session, works: Sequence[ProblemWork],
                          "gap_sum": float((old_N - sampler_N).abs().sum())})
             if not learns:
                 continue
-            advantage_B = torch.tensor([flat[i][1] for i in part], dtype=torch.float32, device=device)
-            weight_N = token_weights(method.aggregation, batch.length_B, batch.row_N, counts)
+            advantage_B = torch.tensor([flat[i][1] for i in part], dtype=logp_N.dtype, device=device)
+            weight_N = token_weights(method.aggregation, batch.length_B, batch.row_N, counts, logp_N.dtype)
             output = grpo_loss(logp_N, old_N, batch.spread(advantage_B), weight_N, method.clip_low, method.clip_high)
             sums.update(output.metrics)
             sums.update({"loss_grpo": float(output.loss.detach())})
@@ -176,12 +176,13 @@ def accumulate_expert(session: Session, works: Sequence[ProblemWork], counts: Co
     for part in micro_batches(rows, session.config.train.micro_batch):
         batch = _token_batch(session, rows, part)
         logp_N, entropy_N = session.logp_and_entropy(batch, entropy_gradient=method.entropy_coefficient > 0)
-        weight_N = token_weights(method.aggregation, batch.length_B, batch.row_N, counts)
+        weight_N = token_weights(method.aggregation, batch.length_B, batch.row_N, counts, logp_N.dtype)
         if method.expert == "group":
-            advantage_B = torch.tensor([chosen[i][0].expert_advantage for i in part], device=device)
+            advantage_B = torch.tensor([chosen[i][0].expert_advantage for i in part], dtype=logp_N.dtype, device=device)
             output = luffy_loss(logp_N, batch.spread(advantage_B), weight_N, method.shaping_gamma)
         else:
-            share_B = torch.full((len(part),), method.expert_coefficient / len(works), device=device)
+            share_B = torch.full((len(part),), method.expert_coefficient / len(works), dtype=logp_N.dtype,
+                                 device=device)
             output = sft_loss(logp_N, response_mean_weights(batch.length_B, batch.row_N, share_B))
         (output.loss + _bonus(method, entropy_N, weight_N, sums)).backward()
         sums.update({"loss_expert": float(output.loss.detach()), "expert_p_sum": float(logp_N.detach().exp().sum()),
@@ -197,16 +198,17 @@ def accumulate_distillation(session: Session, works: Sequence[ProblemWork], sums
     for part in micro_batches(rows, session.config.train.micro_batch):
         batch = _token_batch(session, rows, part)
         share_B = torch.tensor([w.alpha / len(works) / len(w.targets) for w, _ in (chosen[i] for i in part)],
-                               device=device)
+                               dtype=torch.float64, device=device)
         weight_N = response_mean_weights(batch.length_B, batch.row_N, share_B)
         if method.distillation == "cross_entropy":
-            output = sft_loss(session.logp_and_entropy(batch)[0], weight_N)
+            logp_N, _ = session.logp_and_entropy(batch)
+            output = sft_loss(logp_N, weight_N.to(logp_N.dtype))
         else:
             guided_hidden_NH, guided_head = session.guided_side.states(_token_batch(session, guided_rows, part))
             kl_N = DIVERGENCES[method.distillation](
                 guided_hidden_NH, session.policy.response_hidden(batch), *session.policy.head(),
                 session.config.train.kl_chunk_tokens, guided_head)
-            output = clipped_kl_loss(kl_N, weight_N, method.kl_delta, method.kl_clip)
+            output = clipped_kl_loss(kl_N, weight_N.to(kl_N.dtype), method.kl_delta, method.kl_clip)
         output.loss.backward()
         sums.update(output.metrics)
         sums.update({"loss_kd": float(output.loss.detach())})

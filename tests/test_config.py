@@ -1,4 +1,4 @@
-"""Names, types, faults, YAML and fingerprints of configurations; the paper's numbers; what notebooks may hold."""
+"""Names, types, faults, YAML and fingerprints of configurations, and what notebooks may hold."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ from sgpo_lib.config import (
     to_dict,
     to_yaml,
 )
-from sgpo_lib.config_checks import validate
 from sgpo_lib.recipes import METHODS, NOTEBOOK_FIELDS, PROFILES, from_parameters
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FULL_SCALE = ("qwen2.5-1.5b", "qwen2.5-7b", "llama3-8b")
 LEAVES = sorted(set(field_index().values()))
 DEFAULT = RunConfig()
 
@@ -82,6 +80,7 @@ def test_overrides_leave_the_original_alone():
 @pytest.mark.parametrize("wrong, near", [
     ("stepz", "steps"), ("temprature", "temperature"), ("learning_rat", None), ("lora_rnk", "lora_rank"),
     ("train.stepz", "steps"), ("train.lrr", "lr"), ("method.alpha_gama", "alpha_gamma"),
+    ("guided_sid", "guided_side"), ("shaping_gama", "shaping_gamma"), ("method.expert_gat", "expert_gate"),
 ])  # fmt: skip
 def test_an_unknown_field_names_the_nearest(wrong, near):
     with pytest.raises(ValueError, match="unknown field") as error:
@@ -99,6 +98,8 @@ def test_an_unknown_profile_or_method_names_the_nearest_and_all_known():
         from_parameters("smolm2")
     with pytest.raises(ValueError, match=r"unknown method 'grpo'\. Did you mean 'grpo8'\? Known: .*sft_grpo, sgpo"):
         from_parameters("tiny", "grpo")
+    with pytest.raises(ValueError, match=r"unknown method 'lufy'\. Did you mean 'luffy'\? Known: .*hpt, luffy, "):
+        from_parameters("tiny", "lufy")
     with pytest.raises(ValueError, match=r"unknown field 'stesp'\. Did you mean 'steps'\?"):
         from_parameters("tiny", stesp=3)
 
@@ -151,80 +152,20 @@ def test_arguments_that_yaml_cannot_hold_are_refused():
         override(DEFAULT, {"problem_args": {"x": object()}})
 
 
-# ------------------------------------------------------------------------------------------------------- recipes
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("profile", PROFILES)
-def test_every_profile_with_every_method_is_valid_and_repeatable(profile, method, tmp_path):
-    config = from_parameters(profile, method, seed=5)
-    assert (config.profile, config.method.method, config.seed) == (profile, method, 5)
-    assert validate(config) is config
-    assert config == from_parameters(profile, method, seed=5)
-    assert config.label.startswith(f"{profile}-{method}-s5-")
-    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    assert from_yaml(tmp_path / "config.yaml") == config
-
-
-@pytest.mark.parametrize("profile", PROFILES)
-def test_methods_of_a_profile_differ_in_the_objective_alone(profile):
-    sgpo = from_parameters(profile, "sgpo")
-    for method in ("grpo8", "sft_grpo"):
-        changed = {row.partition(":")[0] for row in difference(sgpo, from_parameters(profile, method))}
-        assert all(name.startswith("method.") for name in changed), changed
-    assert from_parameters(profile, "sft").method.objective == "supervised"
-
-
-def test_the_order_is_defaults_profile_method_overrides():
-    config = from_parameters("tiny", "sft_grpo", g1=6, **{"train.steps": 7})
-    assert (config.method.g1, config.method.g2, config.train.steps) == (6, 0, 7)
-    assert config.rollout.max_new_tokens == PROFILES["tiny"]["max_new_tokens"] != DEFAULT.rollout.max_new_tokens
-    assert config.reward == DEFAULT.reward
-
-
-def test_a_run_on_tiny_names_the_base_that_it_starts_from():
-    assert from_parameters("tiny").model.revision != ""
-    assert from_parameters("tiny", revision="deadbeef").model.revision == "deadbeef"
-    assert from_parameters("smollm2").model.revision == ""
-
-
-@pytest.mark.parametrize("profile", PROFILES)
-def test_the_papers_numbers_in_the_method(profile):
-    config = from_parameters(profile, "sgpo")
-    m = config.method
-    assert (m.g1, m.g2) == (8, 4)
-    assert (m.clip_low, m.clip_high) == (0.2, 0.28)
-    assert m.kl_delta == 1.0
-    assert (m.alpha_base, m.alpha_gamma, m.alpha_max) == (0.5, 0.1, 0.8)
-    assert (config.rollout.temperature, config.rollout.top_p) == (1.0, 0.95)
-    assert (m.objective, m.distillation) == ("rl", "forward_kl")
-
-
-def test_the_baselines_have_the_papers_sample_budgets():
-    budget = {name: (m.g1, m.g2, m.distillation) for name, m in METHODS.items() if m.objective == "rl"}
-    assert budget == {"sgpo": (8, 4, "forward_kl"), "grpo8": (8, 0, "none"), "sft_grpo": (12, 0, "none")}
-
-
-@pytest.mark.parametrize("profile", FULL_SCALE)
-def test_the_full_scale_profiles_have_the_papers_settings(profile):
-    config = from_parameters(profile, "sgpo")
-    assert config.train.lr == 1e-6
-    assert config.data.warmup_share == pytest.approx(1 / 3)
-    assert config.model.lora_rank == 0
-    assert "/" in config.model.source
-
-
 # -------------------------------------------------------------------------------------------------------- faults
 
 
 def test_all_faults_are_told_at_once():
     bad: dict[str, Any] = {
-        "g1": 1, "g2": 0, "alpha_gamma": 0.0, "alpha_max": -0.1, "kl_delta": 0.0, "clip_low": 1.0, "clip_high": 0.0,
+        "g1": 1, "g2": 0, "alpha_gamma": 0.0, "alpha_max": -0.1, "kl_delta": 0.0, "clip_low": 1.5, "clip_high": 0.0,
         "lr": 0.0, "top_p": 1.5, "temperature": 0.0, "max_new_tokens": 0, "problems_per_step": 0, "n_train": 0,
         "warmup_share": 1.0, "lr_schedule": "wavy", "engine": "magic", "dtype": "float16", "track": "paper",
         "advantage_std": "robust", "reward_workers": 0, "reward_deadline_s": 0.0, "lora_rank": -1,
         "micro_batch": 0, "updates_per_batch": 0, "kl_chunk_tokens": 0, "keep_checkpoints": 0, "steps": -1,
         "lr_warmup_ratio": 2.0, "eval_temperature": -1.0, "eval_top_p": 0.0,
+        "aggregation": "mean", "entropy_coefficient": -1.0, "expert": "trace", "shaping_gamma": 0.0,
+        "expert_coefficient": 0.0, "distillation": "kl", "guided_side": "teacher", "ema_decay": 1.0,
+        "target_selection": "longest", "kl_clip": "soft", "weighting": "equal", "alpha_fixed": -1.0, "layout": "centre",
     }  # fmt: skip
     with pytest.raises(ValueError) as error:
         from_parameters("tiny", "sgpo", **bad)
@@ -237,7 +178,11 @@ def test_all_faults_are_told_at_once():
 @pytest.mark.parametrize("name, value", [
     ("g1", 0), ("g1", 1), ("g2", 0), ("alpha_gamma", 0.0), ("alpha_gamma", -0.1), ("alpha_max", -1e-9),
     ("alpha_gamma", float("nan")), ("kl_delta", 0.0), ("kl_delta", -1.0), ("kl_delta", float("nan")),
-    ("clip_low", 0.0), ("lr", float("nan")), ("mini_batch", 11), ("mini_batch", -1), ("epochs", -1.0),
+    ("clip_low", 0.0), ("clip_low", 1.01), ("clip_high", 0.0), ("shaping_gamma", 0.0), ("shaping_gamma", -0.1),
+    ("shaping_gamma", float("nan")), ("expert_coefficient", 0.0), ("expert_coefficient", float("nan")),
+    ("ema_decay", 1.0), ("ema_decay", -0.1), ("ema_decay", float("nan")), ("alpha_fixed", -1e-9),
+    ("entropy_coefficient", -1e-9), ("guided_share", 1.1), ("lr", float("nan")),
+    ("mini_batch", 11), ("mini_batch", -1), ("epochs", -1.0),
     # below: until now found only in the middle or at the end of a run, or never
     ("test_k", 0), ("eval_k", 0), ("rollout_batch", 0), ("eval_problems", -1), ("n_validation", -1), ("n_test", -1),
     ("eval_every", -1), ("save_every", -1), ("eval_max_new_tokens", -1), ("context", -1), ("torch_threads", -1),
@@ -255,7 +200,10 @@ def test_one_value_that_cannot_work_is_refused_by_name(name, value):
 
 
 @pytest.mark.parametrize("values", [
-    {"kl_delta": float("inf")}, {"g2": 0, "distillation": "none"}, {"top_p": 1.0}, {"alpha_max": 0.0},
+    {"kl_delta": float("inf")}, {"clip_low": 1.0, "clip_high": float("inf")}, {"expert": "group"},
+    {"expert": "fallback", "expert_gate": 7}, {"expert_gate": 99}, {"guided_side": "ema", "ema_decay": 0.0},
+    {"advantage_std": "none"}, {"alpha_fixed": 0.0, "weighting": "fixed"}, {"policy_gradient": False},
+    {"g2": 0, "distillation": "none"}, {"top_p": 1.0}, {"alpha_max": 0.0},
     {"steps": 0}, {"mini_batch": 5}, {"max_grad_norm": 0.0}, {"alpha_base": 0.0}, {"n_validation": 0, "n_test": 0},
     {"eval_every": 0, "eval_problems": 0}, {"save_every": 0},
 ])  # fmt: skip
@@ -272,7 +220,8 @@ def test_supervised_runs_need_no_groups():
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"kl_delta": float("inf")}, {"lr": 1e-300, "weight_decay": 1 / 3}, {"source": "1e5", "revision": "12345e67"},
+    {}, {"kl_delta": float("inf"), "clip_high": float("inf")},
+    {"lr": 1e-300, "weight_decay": 1 / 3}, {"source": "1e5", "revision": "12345e67"},
     {"source": "null", "strategies": "yes", "init_from": " a: #b\n'\"", "problems": "ü/日本.jsonl"},
     {"problem_args": {"min_terms": 2, "deep": {"a": [1, None, "x"]}}}, {"source": "x" * 300},
 ])  # fmt: skip
@@ -354,8 +303,8 @@ def parameters_cell(path: Path) -> str:
 
 
 def test_there_are_notebooks():
-    assert [p.name[:2] for p in NOTEBOOKS] == [f"{i:02}" for i in range(1, len(NOTEBOOKS) + 1)]
-    assert len(NOTEBOOKS) >= 7
+    assert [p.name[:2] for p in NOTEBOOKS] == [f"{i:02}" for i in range(len(NOTEBOOKS))]
+    assert len(NOTEBOOKS) >= 8
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -370,9 +319,9 @@ class TestNotebook:
     def test_parameters_are_fields_of_the_configuration(self, path):
         values = {s.targets[0].id: ast.literal_eval(s.value) for s in ast.parse(parameters_cell(path)).body
                   if isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name)}
-        assert {"profile", "overrides"} <= set(values)
+        assert {"profile", "overrides"} <= set(values) or path.name.startswith("00"), "only 00 runs no model"
         assert set(values) <= {*field_index(), *NOTEBOOK_FIELDS}
-        assert values["profile"] in PROFILES
+        assert values.get("profile", "tiny") in PROFILES
         fields = {k: v for k, v in values.items() if k not in {*NOTEBOOK_FIELDS, "method"}}
         override(DEFAULT, fields)
         for method in (values.get("method"), values.get("baseline")):
@@ -412,10 +361,3 @@ def test_notebook_fields_are_no_configuration_fields_and_all_are_used():
     used = {s.targets[0].id for path in NOTEBOOKS for s in ast.parse(parameters_cell(path)).body
             if isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name)}
     assert set(NOTEBOOK_FIELDS) <= used
-
-
-def test_a_given_source_or_length_clears_what_the_profile_set_for_its_own():
-    assert from_parameters("smollm2", problems="mine.jsonl").data.problem_args == {}
-    assert from_parameters("smollm2").data.problem_args != {}
-    paper = from_parameters("qwen2.5-7b")
-    assert paper.train.epochs == 10.0 and from_parameters("qwen2.5-7b", steps=40).train.epochs == 0.0

@@ -13,10 +13,10 @@ from sgpo_lib import testbed, tiny
 from sgpo_lib.batching import TokenBatch
 from sgpo_lib.losses.token_kl import token_logp_and_entropy
 from sgpo_lib.policy import Policy
-from sgpo_lib.prompts import prompt_ids
+from sgpo_lib.prompts import expert_text, prompt_ids, response_ids
 from sgpo_lib.recipes import from_parameters
 from sgpo_lib.records import Verdict
-from sgpo_lib.rollouts.groups import rollout_rows, sample_groups
+from sgpo_lib.rollouts.groups import judge_groups, rollout_rows, sample_groups
 from sgpo_lib.rollouts.interface import SampleRequest, sample_seed
 from sgpo_lib.rollouts.transformers_engine import TransformersEngine
 
@@ -139,3 +139,40 @@ def test_groups_are_sampled_under_their_own_prompts(policy):
     with pytest.raises(ValueError, match="has not been judged"):
         groups[0].autonomous[0].verdict = None
         _ = groups[0].p_auto
+
+
+class FakeVerifier:
+    """Judges by length, and notes what it was asked."""
+
+    def __init__(self):
+        self.asked: list = []
+
+    def judge(self, pairs):
+        self.asked = list(pairs)
+        return [Verdict("correct", 1.0) if len(text) > 60 else Verdict("wrong", 0.0) for _, text in self.asked]
+
+
+@pytest.mark.parametrize("method", ["luffy", "hpt"])
+def test_an_expert_solution_joins_a_group_and_is_judged_like_any_response(policy, method):
+    config = from_parameters("tiny", method, g1=3, max_new_tokens=6, expert_gate=0)
+    problems = list(itertools.islice(testbed.generate(2), 2))
+    groups = sample_groups(TransformersEngine(policy, 16), policy.tokenizer, problems, config, step=4)
+    verifier = FakeVerifier()
+    judge_groups(verifier, groups)
+    assert len(verifier.asked) == 2 * 4
+    for group, problem in zip(groups, problems, strict=True):
+        expert, text = group.expert, expert_text(problem)
+        assert expert is group.responses[-1] and len(group.responses) == 4
+        assert (problem, text) in verifier.asked and expert.reward == float(len(text) > 60)
+        assert (expert.text, expert.stop, expert.guided, expert.sampler_logp) == (text, "written", False, ())
+        assert expert.prompt_ids == group.autonomous[0].prompt_ids == group.unguided_prompt_ids
+        assert expert.token_ids == response_ids(policy.tokenizer, text)
+        assert expert.token_ids[-1] == policy.tokenizer.eos_token_id
+        assert group.p_auto == sum(o.reward for o in group.autonomous) / 3, "the expert is no pass of the policy"
+        assert group.guided == [] and group.p_guide == 0.0
+    rows = rollout_rows(groups)
+    assert [r["expert"] for r in rows] == [False, False, False, True] * 2
+    same = sample_groups(TransformersEngine(policy, 16), policy.tokenizer, problems,
+                         from_parameters("tiny", "grpo8", g1=3, max_new_tokens=6), step=4)
+    assert all(g.expert is None for g in same)
+    assert [[o.token_ids for o in g.autonomous] for g in same] == [[o.token_ids for o in g.autonomous] for g in groups]

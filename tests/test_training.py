@@ -1,9 +1,7 @@
-"""The loop: gradients of Eq. 7 against a naive computation, resuming to the bit, and what is refused before work."""
+"""The loop: every method, resuming to the bit, and what is refused before work. Gradients: `test_objective.py`."""
 
 from __future__ import annotations
 
-import collections
-import itertools
 import json
 import math
 import random
@@ -12,19 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgpo_lib import testbed, tiny
-from sgpo_lib.policy import Policy
-from sgpo_lib.prompts import prompt_ids, response_ids
-from sgpo_lib.recipes import from_parameters
-from sgpo_lib.records import Rollout, RolloutGroup, Verdict
-from sgpo_lib.runs import CLOCK_PREFIXES, load_run
-from sgpo_lib.trainer import (
-    accumulate_distillation,
-    accumulate_policy_gradient,
-    autonomous_logp,
-    plan,
-    train,
-)
+from sgpo_lib import tiny
+from sgpo_lib.recipes import METHODS, from_parameters
+from sgpo_lib.runs import CLOCK_PREFIXES, Run, load_run
+from sgpo_lib.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -50,117 +39,23 @@ def importable(monkeypatch):
     monkeypatch.chdir(Path(__file__).parent)
 
 
+SHORT = {"steps": 4, "eval_every": 0}
+
+
 def timeless(rows):
     return [{k: v for k, v in row.items() if not k.startswith(CLOCK_PREFIXES)} for row in rows]
 
 
-# --- gradients --------------------------------------------------------------------------------------------------
-class FakeSession:
-    """The part of a session that the gradient functions use, in float64."""
-
-    def __init__(self, config, policy):
-        self.config, self.policy = config, policy
-
-    def logp_and_entropy(self, batch):
-        from sgpo_lib.session import Session
-
-        return Session.logp_and_entropy(self, batch)
-
-
-def written_group(tokenizer, problem, rng, g1, g2) -> RolloutGroup:
-    """A group with written responses of different lengths and random verdicts."""
-    unguided, guided = (prompt_ids(tokenizer, problem, guided=g) for g in (False, True))
-    group = RolloutGroup(problem, [], [], unguided, guided)
-    for is_guided, count in ((False, g1), (True, g2)):
-        for i in range(count):
-            words = problem.solution.split()[: rng.randint(1, 12)]
-            ids = response_ids(tokenizer, " ".join(words))
-            right = rng.random() < 0.5
-            (group.guided if is_guided else group.autonomous).append(Rollout(
-                problem.id, is_guided, i, guided if is_guided else unguided, ids, "", "end", (0.0,) * len(ids),
-                Verdict("correct" if right else "wrong", float(right))))
-    return group
-
-
-def naive_loss(model, works, method, old, problems_in_batch):
-    """Eq. 7 as written, one response at a time, from the model's own full logits. No code of ours but the records."""
-    def logits(prompt, response):
-        out = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0]
-        return out[len(prompt) - 1 : -1]
-
-    total = torch.zeros((), dtype=torch.float64)
-    for group in works:
-        rewards = [o.verdict.reward for o in group.autonomous]
-        mean = sum(rewards) / len(rewards)
-        deviation = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
-        objective = torch.zeros((), dtype=torch.float64)
-        for o, r in zip(group.autonomous, rewards, strict=True):
-            advantage = (r - mean) / (deviation + method.advantage_eps)
-            logp = torch.log_softmax(logits(group.unguided_prompt_ids, o.token_ids), -1)
-            inner = torch.zeros((), dtype=torch.float64)
-            for t, token in enumerate(o.token_ids):
-                ratio = torch.exp(logp[t, token] - old[id(o)][t])
-                inner = inner + torch.minimum(ratio * advantage, torch.clamp(
-                    ratio, 1 - method.clip_low, 1 + method.clip_high) * advantage)
-            objective = objective + inner / len(o.token_ids)
-        total = total - objective / len(rewards)
-        correct = [o for o in group.guided if o.verdict.reward == 1.0]
-        if correct:
-            with torch.no_grad():
-                reach = [sum(float(torch.log_softmax(logits(group.unguided_prompt_ids, o.token_ids), -1)[t, token])
-                             for t, token in enumerate(o.token_ids)) for o in correct]
-            target = correct[max(range(len(correct)), key=lambda j: reach[j])]
-            p_auto, p_guide = mean, sum(o.verdict.reward for o in group.guided) / len(group.guided)
-            alpha = 0.5 * (p_guide - p_auto + 0.1) / (p_auto + 0.1)
-            alpha = min(max(alpha, 0.0), 0.8)
-            with torch.no_grad():
-                guided = torch.softmax(logits(group.guided_prompt_ids, target.token_ids), -1)
-            unguided = torch.log_softmax(logits(group.unguided_prompt_ids, target.token_ids), -1)
-            kl = (guided * (guided.log() - unguided)).sum(-1)
-            kept = torch.tensor([float(d) <= method.kl_delta for d in kl.detach()], dtype=torch.float64)
-            total = total + alpha * (kl * kept).sum() / len(target.token_ids)
-    return total / problems_in_batch
-
-
-@pytest.mark.parametrize("micro_batch", [2, 128])
-@pytest.mark.parametrize("delta", [0.1, 1.0])
-def test_a_steps_gradient_is_that_of_equation_7(micro_batch, delta):
-    """Every weight's gradient, in float64, off-policy (ratios beyond the clip), in one batch and in micro-batches."""
-    rng = random.Random(3)
-    config = from_parameters("tiny", "sgpo", g1=4, g2=3, kl_delta=delta, micro_batch=micro_batch, kl_chunk_tokens=7)
-    tokenizer = tiny.build_tokenizer()
-    model = tiny.build_model(tokenizer, 1).double()
-    session = FakeSession(config, Policy(model, tokenizer, torch.device("cpu"), lora=False, context=512))
-    groups = [written_group(tokenizer, p, rng, 4, 3) for p in itertools.islice(testbed.generate(9), 4)]
-    works = plan(session, groups)
-    old = autonomous_logp(session, works)
-    with torch.no_grad():  # move the policy away from where the responses came from
-        for i, parameter in enumerate(model.parameters()):
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
-    works = plan(session, groups)
-    sums: collections.Counter = collections.Counter()
-    accumulate_policy_gradient(session, works, old, sums)
-    accumulate_distillation(session, works, sums)
-    ours = {n: p.grad.clone() for n, p in model.named_parameters()}
-    assert 0 < sums["policy_clipped_count"] < sums["policy_token_count"]
-    assert any(w.target is not None for w in works)
-    assert (0 < sums["kl_clipped_count"] < sums["kl_token_count"]) == (delta == 0.1)
-    model.zero_grad()
-    loss = naive_loss(model, groups, config.method, old, len(groups))
-    loss.backward()
-    assert math.isclose(sums["loss_grpo"] + sums["loss_kd"], float(loss.detach()), rel_tol=1e-6)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
-
-
 # --- the loop ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("method", "extra"), [
-    ("sgpo", {}), ("sgpo", {"lora_rank": 4}), ("grpo8", {"mini_batch": 1, "updates_per_batch": 2}), ("sft", {})])
+    ("sgpo", {}), ("sgpo", {"lora_rank": 4}), ("grpo8", {"mini_batch": 1, "updates_per_batch": 2}), ("sft", {}),
+    ("luffy", SHORT), ("hpt", {"expert_gate": 5, **SHORT}), ("sgpo", {"guided_side": "frozen", **SHORT}),
+    ("sgpo", {"guided_side": "ema", "ema_decay": 0.7, **SHORT})])
 def test_a_stopped_run_resumes_to_the_bit(base, tmp_path, method, extra):
     """Stop at a random step, resume, and compare every metric (but clocks) and the final weights."""
     config = small(base, method, **extra)
     whole = train(config, root=tmp_path / "whole")
-    stop_at = random.Random(f"{method}{extra}").randint(1, 5)
+    stop_at = random.Random(f"{method}{extra}").randint(1, config.train.steps - 1)
 
     def interrupt(row):
         if row["kind"] in ("train", "supervised") and row["step"] == stop_at + 1:
@@ -177,20 +72,84 @@ def test_a_stopped_run_resumes_to_the_bit(base, tmp_path, method, extra):
     assert not (resumed.folder / "FAILED.json").exists()
 
 
-def test_every_method_trains_and_starts_from_another_run(base, tmp_path, monkeypatch):
-    monkeypatch.setenv("SGPO_RUNS", str(tmp_path))
-    warm = train(small(base, "sft", steps=3))
-    for method in ("sgpo", "sft_grpo", "grpo8"):
-        run = train(small(base, method, steps=2, init_from=warm.folder.name, eval_every=0))
-        rows = run.metrics("train")
-        assert len(rows) == 2 and all(math.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
-        assert ("alpha" in rows[0]) == (method == "sgpo")
-        stored = [json.loads(line) for line in (run.folder / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
-        assert len(stored) == 3 * {"sgpo": 12, "sft_grpo": 12, "grpo8": 8}[method]
-        assert run.summary["test"]["problems"] == 4 and set(run.summary["test"]["pass_at"]) == {"1", "2"}
-    first = load_run(warm.folder)
-    losses = {r["step"]: r["validation_loss"] for r in first.metrics("eval") if r["step"]}
-    assert first.summary["best_step"] == min(losses, key=lambda s: losses[s])
+@pytest.fixture(scope="module")
+def warm(base, tmp_path_factory) -> Run:
+    """A finished supervised run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        patch.chdir(Path(__file__).parent)
+        return train(small(base, "sft", steps=3), root=tmp_path_factory.mktemp("warm"))
+
+
+def test_a_supervised_run_keeps_its_best_step(warm):
+    losses = {r["step"]: r["validation_loss"] for r in warm.metrics("eval") if r["step"]}
+    assert warm.summary["best_step"] == min(losses, key=lambda s: losses[s])
+    assert all(math.isfinite(r["loss"]) for r in warm.metrics("supervised"))
+    assert len(warm.metrics("supervised")) == 3
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "sft"])
+def test_every_rl_method_trains_from_the_supervised_run(base, tmp_path, warm, method):
+    """Two steps of 3 problems: finite metrics, those that belong to the method, and every response stored."""
+    extra = {"expert_gate": 4} if method == "hpt" else {}
+    run = train(small(base, method, steps=2, init_from=str(warm.folder), eval_every=0, **extra), root=tmp_path)
+    m, rows = METHODS[method], run.metrics("train")
+    assert len(rows) == 2 and all(math.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
+    for row in rows:
+        assert ("alpha" in row) == ("loss_kd" in row) == (m.distillation != "none")
+        assert ("kl_mean" in row) == (m.distillation in ("forward_kl", "reverse_kl"))
+        assert ("expert_p" in row) == ("loss_expert" in row) == (m.expert != "none")
+        assert ("loss_entropy" in row) == (m.entropy_coefficient > 0)
+        assert math.isclose(row["loss"], sum(row.get(f"loss_{k}", 0) for k in ("grpo", "kd", "expert", "entropy")))
+        assert 0 < row["sampler_trainer_gap"] < 1e-4 and row["entropy"] > 0 and row["grad_norm"] > 0
+    assert method != "no_grpo" or (all(r["loss_grpo"] == 0 for r in rows) and any(r["alpha"] > 0 for r in rows))
+    stored = [json.loads(line) for line in (run.folder / "rollouts" / "step-000001.jsonl").read_text().splitlines()]
+    experts = [r for r in stored if r["expert"]]
+    assert len(stored) == 3 * (m.g1 + m.g2 + (m.expert != "none"))
+    assert len(experts) == 3 * (m.expert != "none")
+    assert all(r["stop"] == "written" and "boxed" in r["text"] and r["status"] in ("correct", "wrong") for r in experts)
+    assert sum(r["guided"] for r in stored) == 3 * m.g2
+    assert run.summary["test"]["problems"] == 4 and set(run.summary["test"]["pass_at"]) == {"1", "2"}
+    assert run.summary["weights"] != warm.summary["weights"]
+
+
+@pytest.mark.parametrize("method", ["sgpo", "hpt"])
+def test_a_run_starts_from_the_weights_of_any_other_run(base, tmp_path, warm, method):
+    """Shown without a step: what it starts from is what it ends with."""
+    source = train(small(base, "luffy", steps=1, init_from=str(warm.folder), eval_every=0), root=tmp_path)
+    run = train(small(base, method, steps=0, init_from=str(source.folder)), root=tmp_path)
+    assert run.summary["weights"] == source.summary["weights"] != warm.summary["weights"]
+    assert train(small(base, method, steps=0), root=tmp_path).summary["weights"] != source.summary["weights"]
+
+
+def test_the_gap_is_measured_also_where_every_rollout_is_dropped(base, tmp_path):
+    """HPT with the highest gate: expert solutions are learned, dropped responses are still looked at."""
+    rows = train(small(base, "hpt", steps=3, expert_gate=11), root=tmp_path).metrics("train")
+    assert [r["expert_share"] for r in rows] == [1.0] * 3 and all(r["loss_grpo"] == 0 for r in rows)
+    assert all(0 < r["sampler_trainer_gap"] < 1e-4 and r["entropy"] > 0 and r["loss_expert"] > 1 for r in rows)
+
+
+def test_sgpo_without_weight_is_grpo_to_the_bit(base, tmp_path):
+    """The whole loop with alpha_max = 0. One sequence at a time, so that no sample has other neighbours."""
+    same = {"g1": 4, "steps": 2, "rollout_batch": 1, "max_new_tokens": 6, "mini_batch": 1, "updates_per_batch": 2,
+            "eval_every": 0, "n_test": 1, "n_validation": 1}
+    sgpo = train(small(base, "sgpo", alpha_max=0.0, g2=2, **same), root=tmp_path)
+    grpo = train(small(base, "grpo8", **same), root=tmp_path)
+    ours, theirs = sgpo.metrics("train"), grpo.metrics("train")
+    for name in ("reward_autonomous", "entropy", "response_length", "policy_clip_share", "sampler_trainer_gap",
+                 "loss_grpo", "grad_norm", "loss"):
+        assert [r[name] for r in ours] == [r[name] for r in theirs], name
+    assert sgpo.summary["weights"] == grpo.summary["weights"]
+    assert any(r["target_share"] > 0 for r in ours) and any(r["grad_norm"] > 0 for r in theirs)
+
+
+def test_the_guided_side_follows_every_update(base, tmp_path):
+    """An average without memory is the live policy to the bit; a frozen side is not, from the second update on."""
+    same = {"steps": 2, "mini_batch": 1, "eval_every": 0, "n_test": 0, "n_validation": 0, "weighting": "fixed"}
+    live, ema, frozen = (train(small(base, "sgpo", guided_side=side, ema_decay=0.0, **same), root=tmp_path)
+                         for side in ("live", "ema", "frozen"))
+    assert timeless(live.metrics("train")) == timeless(ema.metrics("train"))
+    assert live.summary["weights"] == ema.summary["weights"] != frozen.summary["weights"]
 
 
 def test_the_first_step_is_on_policy_and_several_updates_are_not(base, tmp_path):
@@ -269,6 +228,29 @@ def test_what_cannot_work_is_refused_with_a_cure(base, tmp_path, change, message
         train(small(base, change.pop("method", "sgpo"), **change), root=tmp_path)
     (folder,) = [p for p in tmp_path.iterdir() if p.is_dir()]
     assert (folder / "FAILED.json").exists() and not load_run(folder).metrics("train")
+
+
+@pytest.mark.parametrize("method", ["sft", "luffy", "hpt"])
+def test_a_missing_expert_solution_is_told_by_problem_and_source(base, tmp_path, method):
+    strategy = {"problem_type": "sum", "strategy": "add", "steps": ["add"]}
+    path = tmp_path / "problems.jsonl"
+    write_problems(path, strategy=strategy, solution="add them")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in (rows[1], rows[4]):
+        del row["solution"]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(ValueError, match=r"2 of 6 problems of \S*problems\.jsonl.* have no solution: p1, p4") as error:
+        train(small(base, method, problems=str(path), warmup_share=0.0), root=tmp_path)
+    assert "`solution` field" in str(error.value)
+    train(small(base, "sgpo", problems=str(path), warmup_share=0.0, steps=0), root=tmp_path)
+
+
+@pytest.mark.parametrize("method", ["sft", "luffy", "hpt"])
+def test_an_expert_solution_longer_than_the_context_is_refused(base, tmp_path, method):
+    path = write_problems(tmp_path / "problems.jsonl", solution="1 + " * 300 + "1")
+    with pytest.raises(ValueError, match=r"problem p\d: prompt and solution have 6\d\d tokens, the context is 512"):
+        train(small(base, method, problems=path), root=tmp_path)
+    train(small(base, "grpo8", problems=path, steps=0), root=tmp_path)
 
 
 def test_unreadable_gold_is_refused(base, tmp_path):

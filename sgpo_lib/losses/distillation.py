@@ -6,7 +6,7 @@ Choices:
 2. The mask of Eq. 5 carries no gradient, and masked tokens still count in the divisor |o+|.
 3. Clipping by value, min(d, delta), would have exactly the mask's gradient (a constant beyond delta has none). So
    `value` here scales a token's d by delta / sg[d]: it adds delta, and its gradient shrinks by that factor instead of
-   vanishing.
+   vanishing. A token of infinite divergence adds nothing under either.
 
 Shapes: N tokens of the selected responses, G2 guided responses of one problem.
 """
