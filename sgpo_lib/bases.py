@@ -32,12 +32,12 @@ def base_source(config: ModelConfig) -> str:
     All runs of a profile share one base, as the paper's methods share one checkpoint.
     Raises ValueError for a revision of `tiny` that this version of the code does not make.
     """
-    if config.source == "tiny":
-        key = tiny.base_key()
+    if config.source in tiny.SIZES:
+        key = tiny.base_key(config.source)
         if config.revision not in ("", key):
-            raise ValueError(f"model.revision: base {config.revision} of `tiny` was made by another version of the "
-                             f"testbed; this one makes {key}. Leave it empty, or check that version out")
-        return str(_made_once(f"tiny-{key}", _train_tiny))
+            raise ValueError(f"model.revision: base {config.revision} of `{config.source}` was made by another version "
+                             f"of the testbed; this one makes {key}. Leave it empty, or check that version out")
+        return str(_made_once(f"{config.source}-{key}", lambda folder: _train_tiny(folder, config.source)))
     if config.source == "smollm2":
         return str(_made_once("smollm2-135m-instruct", _unpack_smollm2))
     return config.source
@@ -56,7 +56,7 @@ def _made_once(name: str, make: Any) -> Path:
     return folder
 
 
-def _train_tiny(folder: Path) -> None:
+def _train_tiny(folder: Path, source: str) -> None:
     """Supervised training on `testbed.mixture`, token mean over responses.
 
     Muon for the matrices (it reaches in 300 steps what AdamW needs 600 for), AdamW for embeddings and norms; linear
@@ -64,22 +64,22 @@ def _train_tiny(folder: Path) -> None:
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for a model this small a second thread costs more than it gives
-    tokenizer = tiny.build_tokenizer()
-    model = tiny.build_model(tokenizer, tiny.SEED)
+    tokenizer, total = tiny.build_tokenizer(), tiny.SIZES[source].steps
+    model = tiny.build_model(tokenizer, tiny.SEED, source)
     policy = Policy(model, tokenizer, torch.device("cpu"), lora=False, context=model.config.max_position_embeddings)
-    examples = testbed.mixture(tiny.SEED, tiny.STEPS * tiny.BATCH)
+    examples = testbed.mixture(tiny.SEED, total * tiny.BATCH)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     optimizers = [torch.optim.Muon(matrices, lr=tiny.LR, weight_decay=0.0),
                   torch.optim.AdamW(others, lr=tiny.LR / 4, betas=(0.9, 0.95), weight_decay=0.0)]
     peak = [o.param_groups[0]["lr"] for o in optimizers]
     model.train()
-    for step in range(tiny.STEPS):
+    for step in range(total):
         chosen = examples[step * tiny.BATCH : (step + 1) * tiny.BATCH]
         rows = [(prompt_ids(tokenizer, e.problem, guided=e.guided), response_ids(tokenizer, e.response))
                 for e in chosen]
         count = sum(len(r) for _, r in rows)
-        scale = min(1.0, (step + 1) / 20, (tiny.STEPS - step) / (0.4 * tiny.STEPS))
+        scale = min(1.0, (step + 1) / 20, (total - step) / (0.4 * total))
         for optimizer, lr in zip(optimizers, peak, strict=True):
             optimizer.param_groups[0]["lr"] = lr * scale
         for part in micro_batches(rows, tiny.BATCH // 2):  # guided prompts are twice as long: less padding
@@ -92,7 +92,7 @@ def _train_tiny(folder: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
         if (step + 1) % 100 == 0:
-            print(f"tiny base: step {step + 1}/{tiny.STEPS}, loss of the last micro-batch "
+            print(f"{source} base: step {step + 1}/{total}, loss of the last micro-batch "
                   f"{output.metrics['nll_sum'] / output.metrics['nll_token_count']:.3f} nats a token", flush=True)
     torch.set_num_threads(threads)
     model.save_pretrained(folder)

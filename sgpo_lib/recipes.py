@@ -26,7 +26,7 @@ from typing import Any
 
 from sgpo_lib.config import MethodConfig, RunConfig, field_index, override, unknown
 from sgpo_lib.config_checks import validate
-from sgpo_lib.tiny import base_key
+from sgpo_lib.tiny import SIZES, base_key
 
 _SGPO = MethodConfig()
 _GRPO = MethodConfig(g2=0, distillation="none")
@@ -129,6 +129,6 @@ def from_parameters(profile: str = "tiny", method: str = "sgpo", seed: int = 0, 
     if "train.steps" in given and "train.epochs" not in given:
         implied["epochs"] = 0.0
     config = override(override(override(config, _FOR_PROFILE.get((method, profile), {})), implied), overrides)
-    if config.model.source == "tiny" and not config.model.revision:
-        config = override(config, {"model.revision": base_key()})
+    if config.model.source in SIZES and not config.model.revision:
+        config = override(config, {"model.revision": base_key(config.model.source)})
     return validate(config)

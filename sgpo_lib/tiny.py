@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 from sgpo_lib import prompts, testbed, testbed_families
@@ -19,22 +20,31 @@ PAD, END, UNKNOWN, ASK, ANSWER = "<pad>", "<end>", "<unk>", "<ask>", "<answer>"
 CHAT_TEMPLATE = ("{% for m in messages %}{{ '<ask> ' if m.role == 'user' else '<answer> ' }}"
                  "{{ m.content }} {% endfor %}"
                  "{% if add_generation_prompt %}<answer>{% endif %}")
-ARCHITECTURE: dict[str, Any] = {
-    "hidden_size": 96, "num_hidden_layers": 3, "intermediate_size": 256, "num_attention_heads": 3,
-    "num_key_value_heads": 3, "head_dim": 32, "max_position_embeddings": 512}
-"""About 0.35M parameters; head size 32 is one that vLLM accepts on a CPU."""
-STEPS, BATCH, LR, SEED = 400, 64, 2.5e-2, 0
-"""Supervised training of the base (`bases.py`): steps, examples a step, Muon's peak learning rate, seed."""
+@dataclass(frozen=True)
+class Size:
+    """One size of the base. Head size 32 is one that vLLM accepts on a CPU."""
+
+    width: int
+    layers: int
+    steps: int
+    """Supervised steps of `bases.py`."""
 
 
-def base_key() -> str:
+SIZES = {"tiny": Size(96, 3, 500), "tiny-s": Size(64, 2, 300), "tiny-l": Size(128, 4, 700)}
+"""`model.source` -> size: about 0.36M, 0.12M and 0.8M parameters."""
+CONTEXT = 512
+BATCH, LR, SEED = 64, 2.5e-2, 0
+"""Supervised training of the bases: examples a step, Muon's peak learning rate, seed."""
+
+
+def base_key(source: str = "tiny") -> str:
     """8 hex digits that change with whatever decides the base: families, mixture, prompts, tokenizer, schedule.
 
-    It is the `model.revision` of a run on `tiny`, so that runs from different bases are never taken for one.
+    It is the `model.revision` of a run on that base, so that runs from different bases are never taken for one.
     """
     text = "".join(inspect.getsource(module) for module in (testbed, testbed_families, prompts))
     text += inspect.getsource(build_tokenizer) + inspect.getsource(build_model)
-    return hashlib.sha256(f"{text}{CHAT_TEMPLATE}{ARCHITECTURE}{STEPS, BATCH, LR, SEED}".encode()).hexdigest()[:8]
+    return hashlib.sha256(f"{text}{CHAT_TEMPLATE}{SIZES[source]}{CONTEXT, BATCH, LR, SEED}".encode()).hexdigest()[:8]
 
 
 def build_tokenizer() -> Any:
@@ -58,17 +68,21 @@ def build_tokenizer() -> Any:
     core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=END, unk_token=UNKNOWN,
                                    additional_special_tokens=[ASK, ANSWER], chat_template=CHAT_TEMPLATE,
-                                   model_max_length=ARCHITECTURE["max_position_embeddings"],
+                                   model_max_length=CONTEXT,
                                    clean_up_tokenization_spaces=False)
 
 
-def build_model(tokenizer: Any, seed: int) -> Any:
+def build_model(tokenizer: Any, seed: int, source: str = "tiny") -> Any:
     """Freshly initialised Qwen3 for that tokenizer; same seed, same weights."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
+    size = SIZES[source]
     config = Qwen3Config(vocab_size=len(tokenizer), tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
-                         eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **ARCHITECTURE)
+                         eos_token_id=tokenizer.eos_token_id, bos_token_id=None, hidden_size=size.width,
+                         num_hidden_layers=size.layers, intermediate_size=size.width * 8 // 3 // 32 * 32,
+                         num_attention_heads=size.width // 32, num_key_value_heads=size.width // 32, head_dim=32,
+                         max_position_embeddings=CONTEXT)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen3ForCausalLM(config)
