@@ -139,7 +139,8 @@ def _add_curve(figure: go.Figure, df: pd.DataFrame, metric: str, name: str, colo
         hovertemplate="%{y:.3g}"), row, col)
 
 
-def _methods(df: pd.DataFrame) -> list[str]:
+def methods_of(df: pd.DataFrame) -> list[str]:
+    """Methods of a frame: the named ones in their order, then others by name."""
     known = [m for m in METHODS if m in set(df["method"])]
     return known + sorted(set(df["method"]) - set(known))
 
@@ -152,7 +153,7 @@ def learning_curves(df: pd.DataFrame, metric: str = "accuracy", kind: str = "eva
         return empty
     df = df[df["kind"] == kind]
     figure = go.Figure(layout={"template": template(), "title": {"text": title}, "height": 440})
-    for method in _methods(df):
+    for method in methods_of(df):
         _add_curve(figure, df[df["method"] == method], metric, *method_style(method))
     figure.update_xaxes(title_text="training step")
     figure.update_yaxes(title_text=label, **({"range": [0, 1.02]} if metric in SHARES else {}))
@@ -179,7 +180,7 @@ def training_panel(df: pd.DataFrame) -> go.Figure:
         if absent:
             figure.add_annotation(text=f"no values for {metrics[0]}", showarrow=False, row=row, col=col, x=0.5, y=0.5)
         for metric in metrics if not absent else []:
-            for method in _methods(df):
+            for method in methods_of(df):
                 part = df[df["method"] == method]
                 if metric not in df.columns or part[metric].isna().all():
                     continue
@@ -220,7 +221,7 @@ def phase_seconds(df: pd.DataFrame) -> go.Figure:
     means = df.groupby("method")[phases].mean().fillna(0.0)
     if "seconds_step" in df.columns:
         means["rest"] = (df.groupby("method")["seconds_step"].mean() - means.sum(axis=1)).clip(lower=0.0).fillna(0.0)
-    methods = _methods(df)[::-1]
+    methods = methods_of(df)[::-1]
     figure = go.Figure(layout={"template": template(), "title": {"text": title}, "barmode": "stack",
                                "height": 170 + 55 * len(methods), "hovermode": "y unified"})
     for phase in means.columns:
@@ -284,62 +285,3 @@ def step_bars(df: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title_text="nats per token (mean over the step)")
     figure.update_yaxes(autorange="reversed")
     return figure
-
-
-def steps_to_threshold(metrics: pd.DataFrame, threshold: float) -> pd.DataFrame:
-    """Per run: the step at which accuracy first reaches `threshold`, linear between evaluations; absent if never."""
-    rows = []
-    evals = metrics[(metrics["kind"] == "eval") & metrics["accuracy"].notna()]
-    for (method, run), part in evals.sort_values("step").groupby(["method", "run"]):
-        before_step, before = math.nan, math.nan
-        for step, accuracy in zip(part["step"], part["accuracy"], strict=True):
-            if accuracy >= threshold:
-                first = math.isnan(before)  # nothing earlier to draw a line from
-                crossing = step if first else before_step + (threshold - before) / (accuracy - before) * (
-                    step - before_step)
-                rows.append((method, run, float(crossing)))
-                break
-            before_step, before = float(step), float(accuracy)
-    return pd.DataFrame(rows, columns=["method", "run", "step"])
-
-
-def final_table(summaries: pd.DataFrame, metrics: pd.DataFrame | None = None, threshold: float = 0.5) -> pd.DataFrame:
-    """One row per method: runs, test accuracy (mean and 95% t-interval over seeds), steps to `threshold`, CPU seconds.
-
-    `summaries`: one row per finished run (run, method, test_accuracy, cpu_seconds). Steps to the threshold are the
-    median over those of these runs that reached it, and need `metrics`.
-    """
-    columns = ["method", "runs", "accuracy", "low", "high", "steps_to_threshold", "reached", "cpu_seconds"]
-    if summaries.empty or "test_accuracy" not in summaries.columns:
-        return pd.DataFrame(columns=columns)
-    usable = metrics is not None and {"kind", "accuracy", "step", "method", "run"} <= set(metrics.columns)
-    hits = steps_to_threshold(metrics, threshold) if usable and metrics is not None else pd.DataFrame(
-        columns=["method", "run", "step"])
-    rows = []
-    for method in _methods(summaries):
-        part = summaries[summaries["method"] == method]
-        mean, low, high = mean_interval(part["test_accuracy"])
-        steps = hits.loc[hits["run"].isin(part["run"]), "step"]
-        rows.append((method, len(part), mean, low, high, float(steps.median()) if len(steps) else float("nan"),
-                     len(steps), mean_interval(part["cpu_seconds"])[0] if "cpu_seconds" in part else float("nan")))
-    return pd.DataFrame(rows, columns=columns)
-
-
-def paired_differences(summaries: pd.DataFrame, metrics: pd.DataFrame, reference: str = "sgpo",
-                       threshold: float = 0.5) -> pd.DataFrame:
-    """Each method minus `reference`, paired by seed: final accuracy and steps to `threshold`, with 95% t-intervals.
-
-    Seeds that only one of the two has are left out, as are pairs of which one never reached the threshold.
-    """
-    steps = steps_to_threshold(metrics, threshold).set_index("run")["step"] if len(metrics) else pd.Series(dtype=float)
-    frame = summaries.assign(steps=summaries["run"].map(steps))
-    base = frame[frame["method"] == reference].set_index("seed")
-    rows = []
-    for method in _methods(frame):
-        part = frame[frame["method"] == method].set_index("seed")
-        for column, name in (("test_accuracy", "final accuracy"), ("steps", f"steps to {threshold:g}")):
-            difference = (part[column] - base[column]).dropna()
-            if method != reference and len(difference):
-                mean, low, high = mean_interval(difference)
-                rows.append((method, name, len(difference), mean, low, high))
-    return pd.DataFrame(rows, columns=["method", f"minus {reference}", "pairs", "difference", "low", "high"])

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from sgpo_lib import figures
+from sgpo_lib import comparison, figures
 from sgpo_lib.frames import comparable, runs_frame, summaries_frame
 from sgpo_lib.jobs import JobResult
 from sgpo_lib.pages import FIGURE_SCRIPT, PLOTLY_TAG, figure_html, put_plotly
@@ -72,7 +72,7 @@ def write_report(title: str, jobs: Sequence[JobResult], runs: Sequence[Run], out
     tables = []
     for profile, chosen in sorted(comparable(runs).items(), key=lambda item: -len(item[1])):
         metrics, summaries = runs_frame(chosen), summaries_frame(chosen)
-        table = figures.final_table(summaries, metrics)
+        table = comparison.final_table(summaries, metrics)
         tables.append(table.assign(profile=profile))
         others = sum(r.config.profile == profile for r in runs) - len(chosen)
         parts.append(_profile(profile, chosen, metrics, table, others))

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from sgpo_lib import figures, frames
+from sgpo_lib import comparison, figures, frames
 from sgpo_lib.jobs import JobResult
 from sgpo_lib.pages import figure_html, math_svg
 from sgpo_lib.recipes import from_parameters
@@ -113,7 +113,7 @@ def test_step_bars():
 def test_the_threshold_is_crossed_between_evaluations():
     metrics = pd.DataFrame({"run": ["a"] * 3, "method": ["sgpo"] * 3, "kind": "eval", "step": [0, 8, 12],
                             "accuracy": [0.1, 0.4, 0.8]})
-    assert list(figures.steps_to_threshold(metrics, 0.5)["step"]) == [9.0]  # a quarter of the way from 8 to 12
+    assert list(comparison.steps_to_threshold(metrics, 0.5)["step"]) == [9.0]  # a quarter of the way from 8 to 12
 
 
 def test_final_table():
@@ -121,14 +121,14 @@ def test_final_table():
                               "test_accuracy": [0.2, 0.4, 0.6, 0.3], "cpu_seconds": [10.0, 20.0, 30.0, 8.0]})
     metrics = pd.DataFrame({"run": ["a", "a", "b", "b", "c", "d"], "method": ["sgpo"] * 5 + ["grpo8"],
                             "kind": "eval", "step": [0, 10, 10, 20, 30, 0], "accuracy": [0.4, 0.5, 0.6, 0.7, 0.9, 0.1]})
-    table = figures.final_table(summaries, metrics, threshold=0.5).set_index("method")
+    table = comparison.final_table(summaries, metrics, threshold=0.5).set_index("method")
     assert list(table.index) == ["sgpo", "grpo8"] and list(table["runs"]) == [3, 1]
     assert table.loc["sgpo", "accuracy"] == pytest.approx(0.4)
     assert table.loc["sgpo", "high"] == pytest.approx(0.89687, abs=1e-5)
     assert math.isnan(table.loc["grpo8", "low"]) and list(table["cpu_seconds"]) == [20.0, 8.0]
     assert table.loc["sgpo", "steps_to_threshold"] == 10 and table.loc["sgpo", "reached"] == 3  # of 10, 10, 30
     assert math.isnan(table.loc["grpo8", "steps_to_threshold"]) and table.loc["grpo8", "reached"] == 0
-    assert figures.final_table(pd.DataFrame()).empty
+    assert comparison.final_table(pd.DataFrame()).empty
 
 
 @pytest.mark.parametrize("make", [figures.learning_curves, figures.training_panel, figures.alpha_against_pass_rate,

@@ -23,7 +23,7 @@ ORDER = [
     "rewards", "problems", "batching", "policy", "rollouts.interface",
     "rollouts", "rollouts.*", "strategies", "losses.masked", "losses", "losses.grpo", "losses.*",
     "analysis", "evaluation", "bases", "guided_side", "session", "supervised", "tracking", "objective", "trainer",
-    "frames", "figures", "method_figures", "live", "heatmap", "jobs", "pages", "report", "launch",
+    "frames", "figures", "comparison", "method_figures", "live", "heatmap", "jobs", "pages", "report", "launch",
     "batch_spec", "batch", "cli",
 ]  # fmt: skip
 """Each module imports only from those above it. `x.*` are the remaining modules of package x, which do not import
