@@ -7,13 +7,18 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from sgpo_lib.config import RunConfig
+from sgpo_lib.config import MethodConfig, RunConfig, TrainConfig
 from sgpo_lib.runs import Run
 
 
 def setting(config: RunConfig) -> str:
     """Fingerprint of everything but the seed: runs that share it are repetitions of one another."""
     return dataclasses.replace(config, seed=0).fingerprint
+
+
+def world(config: RunConfig) -> str:
+    """Fingerprint of base, problems, sampling, reward and evaluation: what compared methods must share."""
+    return dataclasses.replace(config, seed=0, method=MethodConfig(), train=TrainConfig()).fingerprint
 
 
 def runs_frame(runs: Iterable[Run]) -> pd.DataFrame:
@@ -41,18 +46,29 @@ def summaries_frame(runs: Iterable[Run]) -> pd.DataFrame:
 
 
 def comparable(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Per profile the runs that may share a figure: of each method the setting with the most seeds.
+    """Per profile the runs that may share a figure: one world, and of each method the setting with the most seeds.
 
-    Several settings of one method (a smoke run beside the real one, another learning rate) must not be averaged. Ties
-    go to the setting with more steps, then to the one changed last.
+    A world is base, problems, sampling and evaluation; the one with the most runs is taken (then the one changed
+    last). Several settings of one method (a smoke run beside the real one, another learning rate) must not be averaged
+    either; ties go to the setting with more steps, then to the one changed last.
     """
-    groups: dict[tuple[str, str], dict[str, list[Run]]] = {}
+    worlds: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
-        by_setting = groups.setdefault((run.config.profile, run.config.method.method), {})
-        by_setting.setdefault(setting(run.config), []).append(run)
-    chosen: dict[str, list[Run]] = {}
-    for (profile, _), by_setting in groups.items():
-        best = max(by_setting.values(), key=lambda rs: (len(rs), rs[0].config.train.steps,
-                                                        max(r.folder.stat().st_mtime for r in rs)))
-        chosen.setdefault(profile, []).extend(sorted(best, key=lambda r: r.config.seed))
+        worlds.setdefault(run.config.profile, {}).setdefault(world(run.config), []).append(run)
+    return {profile: _one_setting_each(max(found.values(), key=lambda rs: (len(rs), _changed(rs))))
+            for profile, found in worlds.items()}
+
+
+def _one_setting_each(runs: Sequence[Run]) -> list[Run]:
+    methods: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        methods.setdefault(run.config.method.method, {}).setdefault(setting(run.config), []).append(run)
+    chosen: list[Run] = []
+    for by_setting in methods.values():
+        best = max(by_setting.values(), key=lambda rs: (len(rs), rs[0].config.train.steps, _changed(rs)))
+        chosen.extend(sorted(best, key=lambda r: r.config.seed))
     return chosen
+
+
+def _changed(runs: Sequence[Run]) -> float:
+    return max(r.folder.stat().st_mtime for r in runs)

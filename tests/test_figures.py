@@ -159,6 +159,20 @@ def test_runs_of_other_settings_are_not_averaged(tmp_path):
     assert frames.summaries_frame([]).empty and frames.runs_frame([]).empty
 
 
+def test_runs_of_other_problems_bases_or_evaluations_are_not_put_together(tmp_path):
+    def run(method: str, seed: int, **changes) -> Run:
+        made = open_run(from_parameters("tiny", method, seed, **changes), tmp_path)
+        made.finish({"steps": 1, "test": {"accuracy": 0.5}})
+        return made
+
+    many = [run("sgpo", s) for s in (0, 1)] + [run("grpo8", 0)]
+    others = [run("luffy", s, problem_args={"level": "hard"}) for s in (0, 1)] + [run("hpt", 0, source="tiny-s"),
+                                                                               run("sft_grpo", 0, test_k=8)]
+    chosen = frames.comparable([*others, *many])["tiny"]
+    assert [r.folder for r in chosen] == [r.folder for r in many]
+    assert frames.world(many[0].config) == frames.world(many[2].config) != frames.world(others[0].config)
+
+
 def test_report_is_self_contained_and_escaped(tmp_path):
     job = JobResult("a", tmp_path / "a", "failed", "x.ipynb", {"name": "<script>1</script>"}, 3.0, "E: <b>bold</b>")
     page = write_report("T & <x>", [job], [made_run(tmp_path / "runs", s) for s in (0, 1)], tmp_path / "out")
