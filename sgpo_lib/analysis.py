@@ -94,3 +94,35 @@ def top_share(tokens: pd.DataFrame, share: float = 0.1) -> float:
     count = max(1, round(share * len(ordered)))
     total = float(ordered.sum())
     return float(ordered.head(count).sum()) / total if total > 0 else 0.0
+
+
+def rank_auc(score: Sequence[float], positive: Sequence[bool]) -> float:
+    """Chance that a positive token scores above another one, ties counting half (area under the ROC curve).
+
+    0.5 is no better than chance. NaN where all tokens or none are positive.
+    """
+    ranks = pd.Series(list(score), dtype=float).rank()
+    chosen = pd.Series(list(positive), dtype=bool)
+    hits, others = int(chosen.sum()), int((~chosen).sum())
+    if not hits or not others:
+        return float("nan")
+    return (float(ranks[chosen].sum()) - hits * (hits + 1) / 2) / (hits * others)
+
+
+def selectivity(tokens: pd.DataFrame, critical: Sequence[bool]) -> dict[str, float]:
+    """How well the divergence, and beside it the cross-entropy, point at tokens known to be strategy-critical.
+
+    `tokens` has the columns kl and sft_loss (nats; `token_frame`, of one or of many responses), `critical` one value
+    per row. Gives `token_share` (share of the tokens that are critical), `kl_share` and `sft_share` (their share of
+    the sum over all tokens), `kl_auc` and `sft_auc` (`rank_auc`), and `kl_precision`, `sft_precision` (critical among
+    the highest, as many as there are critical ones; equal scores in order of the rows). Paper, section 5.3.2.
+    """
+    chosen = pd.Series(list(critical), dtype=bool, index=tokens.index)
+    told = {"token_share": float(chosen.mean())}
+    for name, column in (("kl", "kl"), ("sft", "sft_loss")):
+        total = float(tokens[column].sum())
+        highest = tokens[column].sort_values(ascending=False, kind="stable").index[: int(chosen.sum())]
+        told[f"{name}_share"] = float(tokens.loc[chosen, column].sum()) / total if total > 0 else float("nan")
+        told[f"{name}_auc"] = rank_auc(tokens[column].tolist(), chosen.tolist())
+        told[f"{name}_precision"] = float(chosen[highest].mean()) if len(highest) else float("nan")
+    return told

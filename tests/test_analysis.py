@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import random
 from html.parser import HTMLParser
 from typing import Any
@@ -14,7 +15,15 @@ import pytest
 import torch
 
 from sgpo_lib import testbed, tiny
-from sgpo_lib.analysis import step_frame, step_of_tokens, token_frame, token_texts, top_share
+from sgpo_lib.analysis import (
+    rank_auc,
+    selectivity,
+    step_frame,
+    step_of_tokens,
+    token_frame,
+    token_texts,
+    top_share,
+)
 from sgpo_lib.heatmap import token_heatmap
 from sgpo_lib.policy import Policy
 from sgpo_lib.prompts import prompt_ids, response_ids
@@ -272,3 +281,37 @@ def test_hovering_shows_the_numbers_and_line_ends_are_visible():
 def test_an_unknown_column_is_refused():
     with pytest.raises(ValueError, match="no column 'klx' to colour by; there are token, step, kl"):
         token_heatmap(frame_of(["a"], [0.0]), "klx")
+
+
+# --- selectivity ------------------------------------------------------------------------------------------------
+def pairwise_auc(score: list[float], positive: list[bool]) -> float:
+    """By its definition: over all pairs of a positive and another."""
+    pairs = [(a, b) for a, p in zip(score, positive, strict=True) if p
+             for b, q in zip(score, positive, strict=True) if not q]
+    return sum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auc_is_the_share_of_pairs_in_order(seed):
+    rng = random.Random(seed)
+    score = [rng.choice([0.0, 0.1, 0.5, rng.random()]) for _ in range(60)]
+    positive = [rng.random() < 0.3 for _ in score]
+    assert rank_auc(score, positive) == pytest.approx(pairwise_auc(score, positive), abs=1e-12)
+
+
+def test_auc_by_hand():
+    assert rank_auc([0.9, 0.1, 0.8], [True, False, True]) == 1.0
+    assert rank_auc([0.9, 0.1, 0.8], [False, True, False]) == 0.0
+    assert rank_auc([0.5, 0.5], [True, False]) == 0.5
+    assert math.isnan(rank_auc([0.5, 0.6], [True, True])) and math.isnan(rank_auc([], []))
+
+
+def test_selectivity_by_hand():
+    """Two of five tokens are critical; the divergence ranks them first and third, the loss last and first."""
+    tokens = pd.DataFrame({"kl": [0.6, 0.1, 0.2, 0.3, 0.0], "sft_loss": [0.0, 1.0, 4.0, 2.0, 1.0]})
+    told = selectivity(tokens, [True, False, True, False, False])
+    assert told == pytest.approx({
+        "token_share": 0.4, "kl_share": 0.8 / 1.2, "kl_auc": 5 / 6, "kl_precision": 0.5,
+        "sft_share": 0.5, "sft_auc": 0.5, "sft_precision": 0.5})
+    none = selectivity(tokens, [False] * 5)
+    assert none["kl_share"] == 0 and math.isnan(none["kl_auc"]) and math.isnan(none["kl_precision"])
