@@ -15,22 +15,25 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from sgpo_lib import testbed, tiny
 from sgpo_lib.config import RunConfig
 from sgpo_lib.guided_side import GuidedSide
 from sgpo_lib.objective import ProblemWork, accumulate, autonomous_logp, plan
 from sgpo_lib.policy import Policy
-from sgpo_lib.prompts import expert_text, prompt_ids, response_ids
 from sgpo_lib.recipes import METHODS, from_parameters
-from sgpo_lib.records import Rollout, RolloutGroup, Verdict
+from sgpo_lib.records import Problem, Rollout, RolloutGroup, Verdict
 from sgpo_lib.session import Session
 
 LONGEST = 20
 """max_new_tokens of every case."""
+VOCABULARY, PAD, END = 60, 0, 1
+"""Size of the made-up vocabulary, and its two special ids."""
+SEED = 26
+"""Of the responses: a draw in which other rules of selection pick other targets (`test_objective.py` looks)."""
 REWARDS = [
     ((1, 0, 0, 1), (1, 1, 0), 1),  # mixed
     ((1, 1, 1, 1), (0, 1, 0), 1),  # every autonomous response correct
@@ -75,7 +78,6 @@ class Scores:
 class World:
     """Two sets of weights with their scores, and problems with written responses."""
 
-    tokenizer: Any
     start: Scores
     moved: Scores
     groups: list[RolloutGroup]
@@ -93,17 +95,16 @@ class World:
 @functools.cache
 def make_world() -> World:
     """The same one for every test: nobody may change it."""
-    tokenizer = tiny.build_tokenizer()
-    start = small_model(tokenizer)
-    return World(tokenizer, Scores(start), Scores(with_noise(start, 0.04, seed=2)), written_groups(tokenizer))
+    start = small_model()
+    return World(Scores(start), Scores(with_noise(start, 0.04, seed=2)), written_groups())
 
 
-def small_model(tokenizer: Any) -> Any:
+def small_model() -> Any:
     """Far from uniform: a fresh Qwen3 with weights of deviation 0.18 instead of 0.02."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), tie_word_embeddings=True, hidden_size=32, num_hidden_layers=2, head_dim=16,
+        vocab_size=VOCABULARY, tie_word_embeddings=True, hidden_size=32, num_hidden_layers=2, head_dim=16,
         intermediate_size=48, num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=512)).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -125,22 +126,26 @@ def judged(reward: float) -> Verdict:
     return Verdict("correct" if reward == 1 else "wrong", float(reward))
 
 
-def written_groups(tokenizer: Any, rewards: Sequence[Any] = REWARDS) -> list[RolloutGroup]:
-    """A problem per row of rewards, with responses of 2 to 20 tokens; the sampler's log-probabilities are made up."""
-    rng = random.Random(14)  # a draw in which other rules of selection pick other targets
+def written_groups(rewards: Sequence[Any] = REWARDS) -> list[RolloutGroup]:
+    """A problem per row of rewards. Tokens, lengths and the sampler's log-probabilities are made up."""
+    rng = random.Random(SEED)
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(2, VOCABULARY) for _ in range(rng.randint(low, high)))
+
     groups = []
-    for problem, (autonomous, guided, expert) in zip(testbed.generate(9), rewards, strict=False):
-        prompts = {g: prompt_ids(tokenizer, problem, guided=g) for g in (False, True)}
+    for number, (autonomous, guided, expert) in enumerate(rewards):
+        problem = Problem(f"p{number}", "", "")
+        unguided = tokens(8, 14)
+        prompts = {False: unguided, True: (*tokens(6, 12), *unguided)}
         group = RolloutGroup(problem, [], [], prompts[False], prompts[True])
-        words = problem.solution.split()
         for is_guided, values in ((False, autonomous), (True, guided)):
             for i, reward in enumerate(values):
-                ids = response_ids(tokenizer, " ".join(rng.sample(words, rng.randint(1, 12))))
+                ids = (*tokens(1, 14), END)
                 made_up = tuple(-rng.random() for _ in ids)
                 (group.guided if is_guided else group.autonomous).append(Rollout(
                     problem.id, is_guided, i, prompts[is_guided], ids, "", "end", made_up, judged(reward)))
-        text = expert_text(problem)
-        group.expert = Rollout(problem.id, False, 0, prompts[False], response_ids(tokenizer, text), text, "written",
+        group.expert = Rollout(problem.id, False, 0, unguided, (*tokens(12, 24), END), "", "written",
                                verdict=judged(expert))
         groups.append(group)
     return groups
@@ -150,14 +155,14 @@ def configured(name: str, micro_batch: int = 128, **changes: Any) -> RunConfig:
     """A method's configuration with small groups, and with a delta that clips about half of the tokens."""
     method = METHODS[name]
     sizes: dict[str, Any] = {"g1": 4, "g2": 3 if method.g2 else 0, "max_new_tokens": LONGEST, "kl_chunk_tokens": 16,
-                             "kl_delta": 0.7 if method.kl_delta < math.inf else math.inf}
+                             "kl_delta": 0.45 if method.kl_delta < math.inf else math.inf}
     return from_parameters("tiny", name, **{**sizes, "micro_batch": micro_batch, **changes})
 
 
-def opened(world: World, config: RunConfig, tokenizer: Any = None) -> Any:
+def opened(world: World, config: RunConfig, pad: int = PAD) -> Any:
     """A session on a copy of the weights `start`."""
-    policy = Policy(copy.deepcopy(world.start.model), tokenizer or world.tokenizer, torch.device("cpu"), lora=False,
-                    context=512)
+    tokenizer = SimpleNamespace(pad_token_id=pad, eos_token_id=END)
+    policy = Policy(copy.deepcopy(world.start.model), tokenizer, torch.device("cpu"), lora=False, context=512)
     return FakeSession(config, policy)
 
 
@@ -179,10 +184,10 @@ def gradient(session: Any, works: Sequence[ProblemWork],
             for n, p in session.policy.model.named_parameters()}, sums
 
 
-def ours(world: World, config: RunConfig, groups: Sequence[RolloutGroup] | None = None, tokenizer: Any = None
+def ours(world: World, config: RunConfig, groups: Sequence[RolloutGroup] | None = None, pad: int = PAD
          ) -> tuple[dict[str, torch.Tensor], collections.Counter, list[ProblemWork]]:
     """(gradient, sums, works) of a mini-batch after one update away from where it was planned."""
-    session = opened(world, config, tokenizer)
+    session = opened(world, config, pad)
     works = plan(session, world.groups if groups is None else groups)
     old = autonomous_logp(session, works)
     update(world, session)

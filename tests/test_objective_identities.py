@@ -12,6 +12,8 @@ import math
 import pytest
 import torch
 from objective_world import (
+    END,
+    PAD,
     World,
     assert_same_gradient,
     configured,
@@ -96,7 +98,7 @@ def test_without_old_log_probabilities_the_update_is_on_policy(world):
 @pytest.mark.parametrize("reward", [0, 1])
 def test_luffy_learns_nothing_where_the_expert_is_judged_like_every_rollout(world, reward):
     """All advantages are zero: no policy gradient, only the entropy bonus is left."""
-    groups = written_groups(world.tokenizer, [((reward,) * 4, (), reward)] * 3)
+    groups = written_groups([((reward,) * 4, (), reward)] * 3)
     nothing, sums, works = ours(world, configured("luffy", entropy_coefficient=0.0), groups)
     assert largest(nothing) == 0.0 and sums["expert_token_count"] > 0
     assert [w.expert_advantage for w in works] == [0.0] * 3
@@ -112,7 +114,7 @@ def test_luffy_learns_nothing_where_the_expert_is_judged_like_every_rollout(worl
 
 def test_luffys_expert_raises_the_bar_for_the_group(world):
     """Four failures and a correct expert: mean 1/5 over all five, and the expert's own advantage is 4/5."""
-    groups = written_groups(world.tokenizer, [((0, 0, 0, 0), (), 1)])
+    groups = written_groups([((0, 0, 0, 0), (), 1)])
     _, _, (work,) = ours(world, configured("luffy"), groups)
     assert work.advantages == pytest.approx([-0.2] * 4) and work.expert_advantage == pytest.approx(0.8)
 
@@ -130,7 +132,7 @@ def test_hpt_without_a_fallback_is_plain_policy_gradient(world):
 @pytest.mark.parametrize("micro_batch", [1, 128])
 def test_hpt_where_all_fall_back_is_sft(world, micro_batch):
     """coefficient x mean over problems of the expert solution's token mean; the rollouts are only measured."""
-    groups = written_groups(world.tokenizer, [((0, 0, 0, 0), (), 1), ((1, 0, 0, 0), (), 0), ((0, 0, 0, 0), (), 1)])
+    groups = written_groups([((0, 0, 0, 0), (), 1), ((1, 0, 0, 0), (), 0), ((0, 0, 0, 0), (), 1)])
     config = configured("hpt", micro_batch, expert_gate=1, expert_coefficient=0.3, entropy_coefficient=0.0)
     found, sums, works = ours(world, config, groups)
     assert all(w.imitates for w in works)
@@ -257,15 +259,12 @@ def test_padding_with_the_end_token_changes_nothing(world, name, layout):
     """Every response ends in the end token, which is learned; padding is not, also where it has the same id."""
     config = configured(name, layout=layout)
     usual, sums, _ = ours(world, config)
-    tokenizer = copy.deepcopy(world.tokenizer)
-    tokenizer.pad_token = tokenizer.eos_token
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id != world.tokenizer.pad_token_id
-    shared, shared_sums, _ = ours(world, config, tokenizer=tokenizer)
+    shared, shared_sums, _ = ours(world, config, pad=END)
     for parameter, wanted in usual.items():
         torch.testing.assert_close(shared[parameter], wanted, rtol=1e-12, atol=1e-12)
     assert shared_sums == sums
     assert sums["measured_token_count"] == sum(len(o.token_ids) for g in world.groups for o in g.autonomous)
-    assert all(o.token_ids[-1] == tokenizer.eos_token_id for g in world.groups for o in g.responses)
+    assert all(o.token_ids[-1] == END != PAD for g in world.groups for o in g.responses)
 
 
 def test_a_verdict_decides_and_not_a_reward(world):
