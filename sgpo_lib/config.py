@@ -63,6 +63,11 @@ class DataConfig:
     """Arguments of the source: a reasoning-gym data set's own parameters, or the testbed's."""
     strategies: str = ""
     """JSONL file with one strategy per problem id; empty takes those that come with the problems."""
+    instruction: str = "Reason step by step and put the answer in \\boxed{}."
+    """Ends the user turn of both prompts, after the problem."""
+    guided_prompt: str = "Use this strategy:\n{strategy}\n\n{problem}"
+    """User turn of pi(.|q,s), which the paper does not publish: `{strategy}` in its fixed form, `{problem}` the whole
+    user turn of pi(.|q). `tiny` knows the words of this one alone."""
     n_train: int = 400
     """Problems to train on (with the warm-up's share inside)."""
     n_validation: int = 60

@@ -62,6 +62,8 @@ def validate(config: RunConfig) -> RunConfig:
         (0 < t.lr < math.inf, "train.lr", t.lr, "above 0, finite"),
         (0 <= t.lr_warmup_ratio <= 1, "train.lr_warmup_ratio", t.lr_warmup_ratio, "0 to 1"),
         (t.keep_checkpoints >= 1, "train.keep_checkpoints", t.keep_checkpoints, "at least 1"),
+        (all(d.guided_prompt.count(x) == 1 for x in ("{strategy}", "{problem}")), "data.guided_prompt",
+         d.guided_prompt, "a text with {strategy} and {problem} once each"),
         (d.n_train >= 1, "data.n_train", d.n_train, "at least 1"),
         (0 <= d.warmup_share < 1, "data.warmup_share", d.warmup_share, "0 up to, not including, 1"),
         (0 < r.temperature < math.inf, "rollout.temperature", r.temperature, "above 0, finite"),

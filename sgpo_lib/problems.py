@@ -28,7 +28,7 @@ import yaml
 
 from sgpo_lib import testbed
 from sgpo_lib.config import DataConfig, unknown
-from sgpo_lib.records import Problem, Strategy
+from sgpo_lib.records import Problem, PromptStyle, Strategy
 
 Parts = dict[str, list[Problem]]
 SPLITS = ("train", "validation", "test")
@@ -89,6 +89,8 @@ def load(data: DataConfig) -> Splits:
         parts, source = _with_strategies(parts, source, Path(data.strategies))
     n = len(parts["train"])  # of two problems or more and a share above 0, neither part is left empty
     count = min(max(round(data.warmup_share * n), 1), n - 1) if data.warmup_share > 0 and n > 1 else 0
+    style = PromptStyle(data.instruction, data.guided_prompt)
+    parts = {name: [dataclasses.replace(p, style=style) for p in part] for name, part in parts.items()}
     warmup, train = _first(parts["train"], count, "warmup", data.data_seed)
     return Splits(tuple(warmup), tuple(train), tuple(parts["validation"]), tuple(parts["test"]), source)
 

@@ -1,17 +1,16 @@
 """Prompt templates: the only place where problem and strategy become text for the model.
 
 Departure from the paper: the guided prompt is not published. Ours puts the strategy before the problem in the user
-turn, so that both prompts end in the same words and differ only by the strategy.
+turn, so that both prompts end in the same words and differ only by the strategy. `data.guided_prompt` words it
+otherwise.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from sgpo_lib.records import Problem, Strategy
-
-INSTRUCTION = "Reason step by step and put the answer in \\boxed{}."
-GUIDE_HEAD = "Use this strategy:"
 
 
 def strategy_text(strategy: Strategy) -> str:
@@ -22,12 +21,13 @@ def strategy_text(strategy: Strategy) -> str:
 
 def autonomous_text(problem: Problem) -> str:
     """User turn of pi(.|q)."""
-    return f"{problem.prompt}\n{INSTRUCTION}"
+    return f"{problem.prompt}\n{problem.style.instruction}"
 
 
 def guided_text(problem: Problem, strategy: Strategy) -> str:
-    """User turn of pi(.|q,s): the strategy, then exactly the autonomous turn."""
-    return f"{GUIDE_HEAD}\n{strategy_text(strategy)}\n\n{autonomous_text(problem)}"
+    """User turn of pi(.|q,s): by default the strategy, then exactly the autonomous turn."""
+    parts = {"strategy": strategy_text(strategy), "problem": autonomous_text(problem)}
+    return re.sub(r"\{(strategy|problem)\}", lambda found: parts[found[1]], problem.style.guided)
 
 
 def prompt_ids(tokenizer: Any, problem: Problem, *, guided: bool) -> tuple[int, ...]:

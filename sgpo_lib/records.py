@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from sgpo_lib.config import DataConfig
+
 
 @dataclass(frozen=True)
 class Strategy:
@@ -19,6 +21,16 @@ class Strategy:
     """Principle, theorem or technique."""
     steps: tuple[str, ...]
     """High-level procedural steps in order, without their letters."""
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """Wording of both prompts; one for all problems of a run."""
+
+    instruction: str = DataConfig.instruction
+    """`data.instruction`."""
+    guided: str = DataConfig.guided_prompt
+    """`data.guided_prompt`."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,8 @@ class Problem:
     """Empty: judged by the run's reward. `reasoning-gym:NAME`: judged by that data set's own scorer."""
     meta: dict[str, Any] = field(default_factory=dict, compare=False)
     """Whatever else the source gave (JSON values)."""
+    style: PromptStyle = field(default=PromptStyle(), compare=False)
+    """How its prompts are worded."""
 
 
 @dataclass(frozen=True)

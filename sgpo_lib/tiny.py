@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sgpo_lib import prompts, testbed, testbed_families
-from sgpo_lib.prompts import GUIDE_HEAD, INSTRUCTION
+from sgpo_lib.records import PromptStyle
 
 PAD, END, UNKNOWN, ASK, ANSWER = "<pad>", "<end>", "<unk>", "<ask>", "<answer>"
 CHAT_TEMPLATE = ("{% for m in messages %}{{ '<ask> ' if m.role == 'user' else '<answer> ' }}"
@@ -44,7 +44,8 @@ def base_key(source: str = "tiny") -> str:
     """
     text = "".join(inspect.getsource(module) for module in (testbed, testbed_families, prompts))
     text += inspect.getsource(build_tokenizer) + inspect.getsource(build_model)
-    return hashlib.sha256(f"{text}{CHAT_TEMPLATE}{SIZES[source]}{CONTEXT, BATCH, LR, SEED}".encode()).hexdigest()[:8]
+    text += f"{CHAT_TEMPLATE}{SIZES[source]}{CONTEXT, BATCH, LR, SEED}{PromptStyle()}"
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def build_tokenizer() -> Any:
@@ -59,7 +60,8 @@ def build_tokenizer() -> Any:
         normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(),
         normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     words = pre_tokenizers.Split(Regex(r"▁?(?:\\boxed\{|[a-z]+|[0-9]|[^▁a-z0-9])"), behavior="isolated")
-    texts = [*testbed.vocabulary_texts(), GUIDE_HEAD, INSTRUCTION, "Problem type: Strategy: Steps: (a) (b) (c) (d)"]
+    style, parts = PromptStyle(), "Problem type: Strategy: Steps: (a) (b) (c) (d)"
+    texts = [*testbed.vocabulary_texts(), style.guided.format(strategy=parts, problem=style.instruction)]
     pieces = {piece for text in texts for piece, _ in words.pre_tokenize_str(normalizer.normalize_str(text))}
     pieces |= {mark + digit for digit in "0123456789" for mark in ("", "▁")} | {"}", "▁"}
     vocabulary = [PAD, END, UNKNOWN, ASK, ANSWER, *sorted(pieces)]

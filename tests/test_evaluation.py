@@ -15,7 +15,6 @@ import pytest
 
 from sgpo_lib.config import RewardConfig
 from sgpo_lib.evaluation import Evaluation, ProblemResult, evaluate, mean_interval, pass_at
-from sgpo_lib.prompts import GUIDE_HEAD
 from sgpo_lib.records import Problem, Strategy
 from sgpo_lib.rewards import Verifier
 from sgpo_lib.rollouts.interface import Sample, SampleRequest
@@ -214,7 +213,7 @@ def test_the_policy_sees_no_strategy_unless_asked(verifier):
     for guided in (False, True):
         _, engine = run_evaluation(verifier, guided=guided)
         prompts = ["".join(map(chr, r.prompt_ids)) for r in engine.requests]
-        assert all((GUIDE_HEAD in text) is guided for text in prompts)
+        assert all(("Use this strategy:" in text) is guided for text in prompts)
         assert all(text.endswith("\\boxed{}.") for text in prompts)
 
 

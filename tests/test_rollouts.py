@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -176,3 +177,24 @@ def test_an_expert_solution_joins_a_group_and_is_judged_like_any_response(policy
                          from_parameters("tiny", "grpo8", g1=3, max_new_tokens=6), step=4)
     assert all(g.expert is None for g in same)
     assert [[o.token_ids for o in g.autonomous] for g in same] == [[o.token_ids for o in g.autonomous] for g in groups]
+
+
+def test_the_wording_of_both_prompts_is_configuration():
+    """`data.guided_prompt` and `data.instruction` reach every prompt of a run through its problems."""
+    from sgpo_lib.problems import load
+    from sgpo_lib.prompts import autonomous_text, guided_text, strategy_text
+
+    words = {"guided_prompt": "{problem}\n\nHint: {strategy}", "instruction": "Answer in \\boxed{}."}
+    config = from_parameters("tiny", n_train=8, n_validation=2, n_test=2, **words)
+    splits = load(config.data)
+    for problem in (*splits.warmup, *splits.train, *splits.validation, *splits.test):
+        own = f"{problem.prompt}\nAnswer in \\boxed{{}}."
+        assert autonomous_text(problem) == own
+        assert guided_text(problem, problem.strategy) == f"{own}\n\nHint: {strategy_text(problem.strategy)}"
+    tricky = dataclasses.replace(splits.train[0], prompt="What is {strategy}?")
+    assert guided_text(tricky, tricky.strategy).startswith("What is {strategy}?\nAnswer"), "filled in once"
+    plain = load(from_parameters("tiny", n_train=8, n_validation=2, n_test=2).data)
+    assert plain.fingerprint == splits.fingerprint and plain.train[0] == splits.train[0], "the same problems"
+    for wrong in ("{strategy}", "{problem}", "{strategy} {strategy} {problem}"):
+        with pytest.raises(ValueError, match=r"data\.guided_prompt: got .*once each"):
+            from_parameters("tiny", guided_prompt=wrong)

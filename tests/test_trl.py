@@ -29,7 +29,7 @@ from sgpo_lib.losses.masked import Counts, token_weights
 from sgpo_lib.losses.token_kl import forward_kl_guided_to_unguided, reverse_kl_unguided_to_guided
 from sgpo_lib.objective import ProblemWork, accumulate, accumulate_distillation, autonomous_logp, plan
 from sgpo_lib.policy import Policy, load_policy
-from sgpo_lib.prompts import GUIDE_HEAD, autonomous_text, prompt_ids, response_ids, strategy_text
+from sgpo_lib.prompts import autonomous_text, prompt_ids, response_ids, strategy_text
 from sgpo_lib.recipes import from_parameters
 from sgpo_lib.records import Problem, Rollout, RolloutGroup, Strategy, Verdict
 from sgpo_lib.session import Session
@@ -297,7 +297,7 @@ def test_a_distillation_step_is_trls(trl_step, policy, divergence):
         Offline, SDFTConfig,
         [{"prompt": asked(p), "privileged_context": strategy_text(p.strategy)} for p, r in DISTILLED for _ in r], {},
         distillation_alpha=alpha, distillation_mode="full_logits", distillation_topk=None, teacher_model_kind="live",
-        teacher_prompt_template=f"{GUIDE_HEAD}\n{{privileged_context}}\n\n{{prompt}}", generate_from_teacher=True,
+        teacher_prompt_template="Use this strategy:\n{privileged_context}\n\n{prompt}", generate_from_teacher=True,
         num_generations=1, per_device_train_batch_size=sum(len(r) for _, r in DISTILLED))
 
     groups = [group_of(policy.tokenizer, *written, guided=True) for written in DISTILLED]
