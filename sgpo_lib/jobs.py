@@ -165,7 +165,8 @@ def place_parameters(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
         elif name in field_index() and isinstance(defaults.get("overrides"), dict):
             overrides[name] = value
         else:
-            raise unknown(f"parameter of {path.name}", name, defaults)
+            fields = {full.rpartition(".")[2] for full in field_index().values()} if "overrides" in defaults else set()
+            raise unknown(f"parameter of {path.name}", name, {*defaults, *fields})
     if overrides:
         placed["overrides"] = {**placed.get("overrides", defaults["overrides"]), **overrides}
     extra = placed.get("overrides", {})

@@ -111,7 +111,7 @@ def _require(problems: Sequence[Problem], source: str, what: str, cure: str) -> 
     missing = [p.id for p in problems if not getattr(p, what)]
     if missing:
         shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise ValueError(f"{len(missing)} of {len(problems)} problems of {source} have no {what}: {shown}. "
+        raise ValueError(f"{len(missing)} of {len(problems)} problems have no {what}: {shown}. Source: {source}. "
                          f"Cure: {cure}")
 
 

@@ -69,6 +69,7 @@ def test_parameters_are_placed(tmp_path):
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"stepz": 1}, "unknown parameter of trial.ipynb 'stepz'.*mean 'steps'"),
+    ({"shaping_gama": 0.2}, "unknown parameter of trial.ipynb 'shaping_gama'.*mean 'shaping_gamma'"),
     ({"steps": "many"}, "'steps' of trial.ipynb: got 'many' .str., expected int"),
     ({"steps": True}, "got True .bool., expected int"), ({"steps": 2.5}, "expected int"),
     ({"flag": 1}, "expected bool"), ({"method": "sgop"}, "unknown method 'sgop'.*mean 'sgpo'"),

@@ -486,9 +486,9 @@ def test_requirements_list_five_ids_and_a_cure():
     good = Problem("g", "q", "1", strategy=Strategy("a", "b", ("c",)), solution="\\boxed{1}")
     require_strategies([good], "a file")
     require_solutions([good], "a file")
-    with pytest.raises(ValueError, match=r"7 of 8 problems of a file have no strategy: p0, p1, p2, p3, p4, \.\.\."):
+    with pytest.raises(ValueError, match=r"7 of 8 problems have no strategy: p0, p1, p2, p3, p4, \.\.\.\. Source: a"):
         require_strategies([good, *bare], "a file")
-    with pytest.raises(ValueError, match=r"2 of 2 problems of a file have no solution: p0, p1\. .*`solution`"):
+    with pytest.raises(ValueError, match=r"2 of 2 problems have no solution: p0, p1\. Source: a file\. Cure: .*`sol"):
         require_solutions(bare[:2], "a file")
 
 
@@ -501,5 +501,5 @@ def test_gsm8k_as_it_is_published():
     every = [p for part in parts(splits) for p in part]
     assert all(p.id.startswith("gsm8k-test-") and p.answer and p.solution for p in every)
     assert len({normalised(p.prompt) for p in every}) == len(every)
-    with pytest.raises(ValueError, match="760 of 760 problems of a file have no strategy"):
+    with pytest.raises(ValueError, match="760 of 760 problems have no strategy"):
         require_strategies(every, "a file")
