@@ -240,7 +240,7 @@ def test_a_missing_expert_solution_is_told_by_problem_and_source(base, tmp_path,
     for row in (rows[1], rows[4]):
         del row["solution"]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    with pytest.raises(ValueError, match=r"2 of 6 problems have no solution: p1, p4\. Source: \S*problems\.jsonl") as error:
+    with pytest.raises(ValueError, match=r"2 of 6 .* no solution: p1, p4\. Source: \S*problems\.jsonl") as error:
         train(small(base, method, problems=str(path), warmup_share=0.0), root=tmp_path)
     assert "`solution` field" in str(error.value)
     train(small(base, "sgpo", problems=str(path), warmup_share=0.0, steps=0), root=tmp_path)
