@@ -10,7 +10,7 @@ SERIES := quickstart$(if $(SMOKE),-smoke)
 LOCK ?= run
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv venv-test run test test-quick check lab lock clean
+.PHONY: help venv venv-test run paper paper-quick test test-quick check lab lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -46,6 +46,16 @@ run: venv  ## Execute the notebook series and write the report; again: continue,
 	else echo "  Some jobs failed: sgpo status tells why (.venv/bin/sgpo status); make run tries them again"; fi; \
 	exit $$status
 
+paper: venv  ## Re-run the paper's tables and figures on the testbed (about an hour and a half on 2 cores); again: continue
+	@$(BIN)/sgpo batch experiments/paper.yaml $(if $(JOBS),--jobs $(JOBS))
+	@$(BIN)/sgpo report paper
+	@echo; echo "  Look at   reports/paper_on_a_laptop/README.md and results.md"
+
+paper-quick: venv  ## The same with fewer methods, seeds and steps (about ten minutes)
+	@$(BIN)/sgpo batch experiments/paper.yaml --smoke $(if $(JOBS),--jobs $(JOBS))
+	@$(BIN)/sgpo report paper-smoke
+	@echo; echo "  Look at   reports/paper-quick/results.md and reports/paper-smoke/index.html"
+
 test: venv-test  ## Run all tests
 	@$(BIN)/python -m pytest
 
@@ -69,4 +79,4 @@ lock: venv-test  ## Rewrite the lock files from pyproject.toml
 clean:  ## Remove caches and written reports; .venv and runs/ stay
 	@rm -rf .ruff_cache .mypy_cache .pytest_cache .hypothesis build
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
-	@find reports -mindepth 1 -maxdepth 1 -not -name README.md -not -name '.git*' -exec rm -rf {} + 2>/dev/null || true
+	@find reports -mindepth 1 -maxdepth 1 -not -name README.md -not -name paper_on_a_laptop -not -name '.git*' -exec rm -rf {} + 2>/dev/null || true

@@ -6,7 +6,7 @@ Shape suffixes: N response tokens, H hidden size, V vocabulary. All quantities i
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pandas as pd
 import torch
@@ -14,7 +14,7 @@ import torch
 from sgpo_lib.losses.token_kl import forward_kl_guided_to_unguided, token_logp_and_entropy
 from sgpo_lib.policy import Policy
 from sgpo_lib.prompts import prompt_ids
-from sgpo_lib.records import Problem
+from sgpo_lib.records import Problem, RolloutGroup
 
 _STEP_END = re.compile(r"[.;?!:]\s*$|\n\s*$")
 _DECIMAL = re.compile(r"\d\.\Z")
@@ -126,3 +126,29 @@ def selectivity(tokens: pd.DataFrame, critical: Sequence[bool]) -> dict[str, flo
         told[f"{name}_auc"] = rank_auc(tokens[column].tolist(), chosen.tolist())
         told[f"{name}_precision"] = float(chosen[highest].mean()) if len(highest) else float("nan")
     return told
+
+
+def token_table(policy: Policy, groups: Sequence[RolloutGroup], critical: Collection[str],
+                delta: float = 1.0) -> pd.DataFrame:
+    """`token_frame` of every correct guided response of judged groups, one after another.
+
+    Adds the columns `response` (a running number), `problem`, `critical` (the token is one of the words `critical`) and
+    `stage`: 1, 2, ... for the reasoning steps with a critical word, 0 for what comes before them, -1 for what comes
+    after. Empty where no guided response is correct.
+    """
+    frames: list[pd.DataFrame] = []
+    for group in groups:
+        for rollout in group.guided:
+            if rollout.verdict and rollout.verdict.correct:
+                frame = token_frame(policy, group.problem, rollout.token_ids, delta)
+                frame["critical"] = [token.strip() in critical for token in frame["token"]]
+                frames.append(frame.assign(stage=_stages(frame), response=len(frames), problem=group.problem.id))
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def _stages(frame: pd.DataFrame) -> list[int]:
+    decisive = frame.groupby("step")["critical"].any()
+    count = decisive.cumsum().where(decisive)
+    stages = count.ffill().fillna(0).astype(int)
+    last = decisive[decisive].index.max() if decisive.any() else -1
+    return [-1 if step > last >= 0 else int(stages[step]) for step in frame["step"]]

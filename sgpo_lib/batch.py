@@ -63,6 +63,7 @@ class _Runner:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
         self.ended: dict[str, JobResult] = {}
         self.blocked: dict[str, str] = {}
+        self.due: set[str] = set()  # free to start and known not to be up to date
 
     def folder(self, name: str) -> Path:
         return self.batch.folder / name
@@ -91,18 +92,19 @@ class _Runner:
         """Start what may start; skip what is up to date; block what cannot. True where something changed."""
         changed = False
         for job in list(self.waiting.values()):
+            if job.name in self.due and len(self.running) >= self.batch.parallel:
+                continue
             bad = [n for n in job.after if n in self.blocked or (n in self.ended and self.ended[n].state != "done")]
             if any(n in self.waiting or n in self.running for n in job.after) and not bad:
                 continue
             if not bad:
                 bad = [n for n in job.after if n not in self.jobs and read_job(self.folder(n)).state != "done"]
-            key = job_key(job.notebook, place_parameters(job.notebook, job.parameters), map(self.folder, job.after))
             if bad:
                 del self.waiting[job.name]
                 self.blocked[job.name] = f"needs {', '.join(bad)}, which did not finish"
                 self._write_plan()
                 self.say(self._line(f"{job.name}: blocked, {self.blocked[job.name]}"))
-            elif up_to_date(self.folder(job.name), key):
+            elif job.name not in self.due and self._up_to_date(job):
                 del self.waiting[job.name]
                 self.ended[job.name] = JobResult(**{**vars(read_job(self.folder(job.name))), "fresh": False})
                 self.say(self._line(f"{job.name}: up to date"))
@@ -111,9 +113,14 @@ class _Runner:
                 self.running[job.name] = self._process(job)
                 self.say(self._line(f"{job.name}: started"))
             else:
+                self.due.add(job.name)
                 continue
             changed = True
         return changed
+
+    def _up_to_date(self, job: Job) -> bool:
+        key = job_key(job.notebook, place_parameters(job.notebook, job.parameters), map(self.folder, job.after))
+        return up_to_date(self.folder(job.name), key)
 
     def _process(self, job: Job) -> subprocess.Popen[bytes]:
         folder = self.folder(job.name)

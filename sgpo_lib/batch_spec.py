@@ -13,7 +13,8 @@
         notebook: 07_compare_runs
         after: [full_run]       a job, or all jobs of a grid by its name
     smoke:                      with --smoke: parameters over those above, by job; a list for a name of the grid
-      full_run: {steps: 3, seed: [0]}                    replaces the grid's list. Jobs go to runs/jobs/NAME-smoke/
+      full_run: {steps: 3, seed: [0]}                    replaces the grid's list; `false` leaves the job out.
+                                                         Jobs go to runs/jobs/NAME-smoke/
 
 `jobs` may also be a list whose entries have a `name`. Running them is batch.py's business.
 """
@@ -95,12 +96,14 @@ def load_batch(spec: Path, parallel: int | None = None, smoke: bool = False) -> 
     faults: list[str] = []
     jobs: list[Job] = []
     for group, entry in entries.items():
+        changes = (small.get(group) or {}) if smoke and small.get(group) is not False else {}
         try:
-            jobs += _expand(group, entry, small.get(group) or {} if smoke else {}, spec.parent, parallel)
+            made = _expand(group, entry, changes, spec.parent, parallel)
+            jobs += made if not smoke or small.get(group) is not False else []
         except ValueError as error:
             faults.append(f"job {group!r}: {error}")
     if not faults:
-        faults, jobs = _link(jobs)
+        faults, jobs = _link(jobs, {g for g, changes in small.items() if smoke and changes is False})
     if faults:
         raise ValueError(f"{spec}: nothing was started\n  " + "\n  ".join(faults))
     return Batch(name, parallel, tuple(jobs))
@@ -170,7 +173,7 @@ def _suffix(name: str, value: Any) -> str:
     return ("s" if name == "seed" else name.rpartition(".")[2]) + re.sub(r"[^\w.-]+", "_", str(value))
 
 
-def _link(jobs: list[Job]) -> tuple[list[str], list[Job]]:
+def _link(jobs: list[Job], left_out: set[str]) -> tuple[list[str], list[Job]]:
     """Dependencies as names of jobs; faults for unknown names, names that come twice, and circles."""
     faults = []
     names = [j.name for j in jobs]
@@ -182,7 +185,7 @@ def _link(jobs: list[Job]) -> tuple[list[str], list[Job]]:
     linked = []
     for j in jobs:
         wanted: list[str] = []
-        for name in j.after:
+        for name in [n for n in j.after if n not in left_out]:
             if name not in groups:
                 faults.append(f"job {j.name!r}: after: {unknown('job', name, groups)}")
             wanted += groups.get(name, [])

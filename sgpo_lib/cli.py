@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgpo_lib.jobs import jobs_root, last_line, parse_assignment, read_batch, read_job
-from sgpo_lib.runs import PACKAGE_FOLDER, list_runs, load_run, runs_root
+from sgpo_lib.runs import list_runs, load_run, reports_root, runs_root
 
 if TYPE_CHECKING:
     from sgpo_lib.jobs import JobResult
@@ -203,9 +203,7 @@ def _report(arguments: argparse.Namespace) -> int:
     name = arguments.batch or newest[0].name
     jobs = read_batch(jobs_root() / name)
     runs = [load_run(p) for p in job_runs(jobs)] or list_runs()
-    checkout = PACKAGE_FOLDER.parent
-    base = checkout if (checkout / "pyproject.toml").exists() else Path.cwd()
-    page = write_report(f"{name.replace('-', ' ').capitalize()}", jobs, runs, arguments.out or base / "reports" / name)
+    page = write_report(f"{name.replace('-', ' ').capitalize()}", jobs, runs, arguments.out or reports_root() / name)
     _say(f"report: {page}")
     return 0
 

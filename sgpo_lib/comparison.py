@@ -2,6 +2,7 @@
 
 A difference of two methods is taken problem by problem and seed by seed (the same seed shares the order of problems,
 all seeds share the test problems), and its interval says how it would vary with other seeds *and* other problems.
+What is compared are variants (`frames.variant`): a method, or a method with other fields.
 
 Shapes: S seeds, P test problems.
 """
@@ -10,14 +11,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from sgpo_lib.figures import mean_interval, methods_of, t_quantile
-from sgpo_lib.frames import setting
+from sgpo_lib.frames import setting, variant
 from sgpo_lib.runs import Run
 
 _SAME = ("model.source", "model.revision", "data.problems", "data.problem_args", "evaluation.test_k",
@@ -46,12 +47,15 @@ def bootstrap_interval(difference_SP: np.ndarray, draws: int = 4000, seed: int =
     return mean, mean + float(low), mean + float(high)
 
 
-def problem_scores(run: Run) -> dict[str, float]:
-    """Test problem -> share of its samples that were correct. Raises ValueError for a run without a test evaluation."""
-    path = run.folder / "evaluation" / "test.jsonl"
+def problem_scores(run: Run, part: str = "test") -> dict[str, float]:
+    """Problem -> share of its samples that were correct, of the final `test` or `transfer` evaluation.
+
+    Raises ValueError for a run without it.
+    """
+    path = run.folder / "evaluation" / f"{part}.jsonl"
     if not path.exists():
         raise ValueError(f"{run.folder.name}: no {path.name} in its evaluation folder. Finish the run with "
-                         "data.n_test above 0")
+                         + ("data.n_test above 0" if part == "test" else "evaluation.transfer set"))
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {row["problem_id"]: row["correct"] / row["samples"] for row in rows}
 
@@ -63,7 +67,7 @@ def check_together(runs: Sequence[Run], reference: str) -> None:
     and seed, and hold the reference method.
     """
     faults = [f"{r.folder.name} has not finished (state: {r.state})" for r in runs if not r.done]
-    if reference not in {r.config.method.method for r in runs}:
+    if reference not in {variant(r.config) for r in runs}:
         faults.append(f"no run of the reference {reference!r} among {', '.join(r.folder.name for r in runs) or 'none'}")
     first: dict[str, tuple[str, Any]] = {}
     for run in [r for r in runs if r.done]:
@@ -76,10 +80,10 @@ def check_together(runs: Sequence[Run], reference: str) -> None:
     taken: dict[tuple[str, int], str] = {}
     settings: dict[str, tuple[str, str]] = {}
     for run in runs:
-        other, expected = settings.setdefault(run.config.method.method, (run.folder.name, setting(run.config)))
+        other, expected = settings.setdefault(variant(run.config), (run.folder.name, setting(run.config)))
         if setting(run.config) != expected:
-            faults.append(f"{run.folder.name} and {other} are {run.config.method.method} with other settings")
-        key = run.config.method.method, run.config.seed
+            faults.append(f"{run.folder.name} and {other} are {variant(run.config)} with other settings")
+        key = variant(run.config), run.config.seed
         if key in taken:
             faults.append(f"{taken[key]} and {run.folder.name} are both {key[0]} with seed {key[1]}")
         taken[key] = run.folder.name
@@ -87,29 +91,66 @@ def check_together(runs: Sequence[Run], reference: str) -> None:
         raise ValueError("these runs do not belong into one comparison:\n  " + "\n  ".join(faults))
 
 
-def accuracy_differences(runs: Sequence[Run], reference: str = "sgpo") -> pd.DataFrame:
-    """Each method's test accuracy minus the reference's, paired by seed and problem, with 95% intervals.
+def by_variant(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
+    """Variant -> seed -> run."""
+    found: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        found.setdefault(variant(run.config), {})[run.config.seed] = run
+    return found
+
+
+def score_differences(ours: Mapping[int, Run], theirs: Mapping[int, Run], part: str = "test") -> np.ndarray:
+    """Accuracy of ours minus theirs, shape (S, P), over the seeds that both have and the problems of `part`.
+
+    Raises ValueError where the two were evaluated on other problems.
+    """
+    rows = []
+    for seed in sorted(set(ours) & set(theirs)):
+        a, b = (problem_scores(runs[seed], part) for runs in (ours, theirs))
+        if set(a) != set(b):
+            raise ValueError(f"{ours[seed].folder.name} and {theirs[seed].folder.name} were evaluated on other {part} "
+                             f"problems ({len(set(a) ^ set(b))} are only in one). Compare runs of one test set")
+        rows.append([a[p] - b[p] for p in sorted(a)])
+    return np.array(rows)
+
+
+def accuracy_differences(runs: Sequence[Run], reference: str = "sgpo", part: str = "test") -> pd.DataFrame:
+    """Each variant's accuracy minus the reference's, paired by seed and problem, with 95% intervals.
 
     Columns method, minus, pairs, problems, difference, low, high, unpaired (seeds that only one of the two has; they
     are left out and shown). Raises what `check_together` raises.
     """
     check_together(runs, reference)
-    scores: dict[str, dict[int, Mapping[str, float]]] = {}
-    for run in runs:
-        scores.setdefault(run.config.method.method, {})[run.config.seed] = problem_scores(run)
+    found = by_variant(runs)
     rows = []
-    for method in [m for m in scores if m != reference]:
-        ours, theirs = scores[method], scores[reference]
-        seeds = sorted(set(ours) & set(theirs))
-        unpaired = ", ".join(map(str, sorted(set(ours) ^ set(theirs))))
-        if not seeds:
-            rows.append((method, reference, 0, 0, math.nan, math.nan, math.nan, unpaired))
-            continue
-        problems = sorted(theirs[seeds[0]])
-        difference_SP = np.array([[ours[s][p] - theirs[s][p] for p in problems] for s in seeds])
-        rows.append((method, reference, len(seeds), len(problems), *bootstrap_interval(difference_SP), unpaired))
+    for method in [m for m in found if m != reference]:
+        difference_SP = score_differences(found[method], found[reference], part)
+        told = bootstrap_interval(difference_SP) if len(difference_SP) else (math.nan,) * 3
+        shape = difference_SP.shape if len(difference_SP) else (0, 0)
+        unpaired = ", ".join(map(str, sorted(set(found[method]) ^ set(found[reference]))))
+        rows.append((method, reference, *shape, *told, unpaired))
     return pd.DataFrame(rows, columns=["method", "minus", "pairs", "problems", "difference", "low", "high",
                                        "unpaired"])
+
+
+def paired_interval(ours: Mapping[int, Run], theirs: Mapping[int, Run],
+                    measure: Callable[[Run], float]) -> tuple[float, float, float, int]:
+    """Mean difference of a number per run, its 95% t-interval over the seeds that both have, and their count.
+
+    Seeds for which the number is missing (NaN) in one of the two are left out.
+    """
+    values = [measure(ours[s]) - measure(theirs[s]) for s in sorted(set(ours) & set(theirs))]
+    kept = [v for v in values if not math.isnan(v)]
+    return (*mean_interval(kept), len(kept))
+
+
+def mean_metric(run: Run, metric: str, kind: str = "train", first: float = 0.0, last: float = 1.0) -> float:
+    """Mean of a logged metric over a part of a run, from share `first` to share `last` of its steps; NaN for none."""
+    train = run.config.train
+    steps = run.summary.get("steps", train.steps) if train.epochs else train.steps  # epochs decide, where given
+    values = [r[metric] for r in run.metrics(kind)
+              if metric in r and first * steps < r["step"] <= last * steps]
+    return float(np.mean(values)) if values else math.nan
 
 
 def steps_to_threshold(metrics: pd.DataFrame, threshold: float) -> pd.DataFrame:

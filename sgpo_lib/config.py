@@ -68,6 +68,11 @@ class DataConfig:
     guided_prompt: str = "Use this strategy:\n{strategy}\n\n{problem}"
     """User turn of pi(.|q,s), which the paper does not publish: `{strategy}` in its fixed form, `{problem}` the whole
     user turn of pi(.|q). `tiny` knows the words of this one alone."""
+    bad_strategies: str = ""
+    """Spoils training strategies on purpose: `wrong` (of another problem type), `vague` (says nothing) or `leaking`
+    (shows the solution); empty for none."""
+    bad_share: float = 0.0
+    """Share of the training problems whose strategy is spoiled."""
     n_train: int = 400
     """Problems to train on (with the warm-up's share inside)."""
     n_validation: int = 60
@@ -174,6 +179,9 @@ class EvalConfig:
     """Nucleus mass of evaluation samples."""
     eval_max_new_tokens: int = 0
     """Longest evaluated response in tokens; 0 takes `max_new_tokens`."""
+    transfer: dict[str, Any] = field(default_factory=dict)
+    """Fields of `data` in which a second test set differs from the first (`{problem_args: {held_out: family}}`); its
+    test problems are evaluated at the end as well. Empty for none."""
 
 
 @dataclass(frozen=True)

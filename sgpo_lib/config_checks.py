@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from sgpo_lib.config import RunConfig, field_index
+from sgpo_lib.config import DataConfig, RunConfig, field_index
 from sgpo_lib.method_config import CHOICES
 
 _NOT_NEGATIVE = ("steps", "alpha_base", "alpha_fixed", "entropy_coefficient", "advantage_eps", "weight_decay",
@@ -25,6 +25,7 @@ def validate(config: RunConfig) -> RunConfig:
         ("rollout.engine", r.engine, ("transformers",)),
         ("train.layout", t.layout, ("right", "left", "packed")),
         ("train.lr_schedule", t.lr_schedule, ("constant", "linear", "cosine")),
+        ("data.bad_strategies", d.bad_strategies, ("", "wrong", "vague", "leaking")),
         ("train.track", t.track, ("", "tensorboard", "trackio", "wandb")),
     ]
     faults = [f"{n}: got {v!r}, expected one of {', '.join(map(repr, ok))}" for n, v, ok in choices if v not in ok]
@@ -48,6 +49,8 @@ def validate(config: RunConfig) -> RunConfig:
         (0 <= m.ema_decay < 1, "method.ema_decay", m.ema_decay, "0 up to, not including, 1"),
         (not rl or m.policy_gradient or (m.distillation != "none" and m.expert == "none"), "method.policy_gradient",
          m.policy_gradient, "true where there is no distillation to learn from, or where method.expert is set"),
+        (m.policy_gradient or m.expert != "none" or m.entropy_coefficient == 0, "method.entropy_coefficient",
+         m.entropy_coefficient, "0 where method.policy_gradient is off (it covers what that learns); or turn it on"),
         (m.guided_side == "live" or m.distillation in ("forward_kl", "reverse_kl"), "method.guided_side",
          m.guided_side, "'live' where no divergence is learned (method.distillation)"),
         (m.weighting != "group_advantage" or m.advantage_std != "none", "method.advantage_std", m.advantage_std,
@@ -64,6 +67,10 @@ def validate(config: RunConfig) -> RunConfig:
         (t.keep_checkpoints >= 1, "train.keep_checkpoints", t.keep_checkpoints, "at least 1"),
         (all(d.guided_prompt.count(x) == 1 for x in ("{strategy}", "{problem}")), "data.guided_prompt",
          d.guided_prompt, "a text with {strategy} and {problem} once each"),
+        (0 <= d.bad_share <= 1 and (d.bad_share > 0) == bool(d.bad_strategies), "data.bad_share", d.bad_share,
+         "above 0, at most 1, where data.bad_strategies names a kind, else 0"),
+        (set(e.transfer) <= set(DataConfig.__dataclass_fields__), "evaluation.transfer", e.transfer,
+         f"fields of data: {', '.join(DataConfig.__dataclass_fields__)}"),
         (d.n_train >= 1, "data.n_train", d.n_train, "at least 1"),
         (0 <= d.warmup_share < 1, "data.warmup_share", d.warmup_share, "0 up to, not including, 1"),
         (0 < r.temperature < math.inf, "rollout.temperature", r.temperature, "above 0, finite"),

@@ -18,6 +18,7 @@ from plotly.subplots import make_subplots
 
 METHODS = {  # name: label, colour, dash
     "sgpo": ("SGPO", "#0072B2", "solid"),
+    "base": ("base", "#7F7F7F", "dot"),
     "sft_grpo": ("SFT+GRPO (12 samples)", "#D55E00", "dash"),
     "grpo8": ("GRPO (8 samples)", "#009E73", "dot"),
     "sft": ("SFT", "#CC79A7", "dashdot"),
@@ -33,9 +34,11 @@ METHODS = {  # name: label, colour, dash
     "guided_sft": ("direct SFT on o+", "#661100", "dashdot"),
     "reverse_kl": ("reverse KL", "#6699CC", "dot"),
     "group_advantage_weight": ("group-advantage weight", "#44AA99", "longdashdot"),
+    "sgpo guided_side=frozen": ("SGPO, frozen guided side (ours)", "#000000", "dash"),
+    "sgpo guided_side=ema ema_decay=0.95": ("SGPO, averaged guided side (ours)", "#555555", "dashdot"),
 }
-"""Label, colour and dash of the named methods; others take what is left."""
-_SPARE = ("#8C6D31", "#7F7F7F", "#5D4A7E", "#4B6C4B")
+"""Label, colour and dash of the named methods and two variants; others take what is left."""
+_SPARE = ("#8C6D31", "#4D4D4D", "#5D4A7E", "#4B6C4B")
 GUIDED, AUTONOMOUS = "#E69F00", "#0072B2"
 """Colours of the two prompts, where a figure compares them."""
 LABELS = {
@@ -47,7 +50,7 @@ LABELS = {
     "lr": "learning rate", "tokens_per_second": "sampled tokens per second",
 }
 """Axis titles of metrics."""
-SHARES = frozenset({"accuracy", "reward_autonomous", "reward_guided", "kl_clipped_share", "target_share"})
+SHARES = frozenset({"accuracy", "reward_autonomous", "reward_guided", "kl_clipped_share", "target_share", "alpha"})
 """Metrics between 0 and 1: their bands are cut there."""
 PHASES = {"seconds_sample": ("sampling", "#0072B2"), "seconds_verify": ("verifying", "#E69F00"),
           "seconds_score": ("scoring (log-probabilities)", "#56B4E9"), "seconds_update": ("update", "#D55E00"),
@@ -72,10 +75,12 @@ def template(dark: bool = False) -> go.layout.Template:
 
 
 def method_style(method: str) -> tuple[str, str, str]:
-    """Label, colour and dash of a method; the same for the same name, always."""
+    """Label, colour and dash of a method or variant (`frames.variant`); the same for the same name, always."""
     if method in METHODS:
         return METHODS[method]
-    return method, _SPARE[sum(method.encode()) % len(_SPARE)], "longdash"
+    name, *fields = method.split(" ")
+    label = ", ".join([METHODS[name][0] if name in METHODS else name, *fields])
+    return label, _SPARE[sum(method.encode()) % len(_SPARE)], "longdash"
 
 
 def t_quantile(freedom: int) -> float:
@@ -120,7 +125,7 @@ def missing(df: pd.DataFrame, columns: Sequence[str], title: str = "", kind: str
     return figure.add_annotation(text=text, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper")
 
 
-def _add_curve(figure: go.Figure, df: pd.DataFrame, metric: str, name: str, colour: str, dash: str,
+def add_curve(figure: go.Figure, df: pd.DataFrame, metric: str, name: str, colour: str, dash: str,
                row: int | None = None, col: int | None = None, legend: bool = True, group: str = "") -> None:
     """Mean over seeds with its band."""
     curve = over_seeds(df, metric)
@@ -129,8 +134,8 @@ def _add_curve(figure: go.Figure, df: pd.DataFrame, metric: str, name: str, colo
     banded = curve.dropna(subset=["low"])
     if len(banded):
         figure.add_trace(go.Scatter(
-            x=[*banded["step"], *banded["step"][::-1]], y=[*banded["high"], *banded["low"][::-1]], fill="toself",
-            fillcolor=colour, opacity=0.16, line={"width": 0}, hoverinfo="skip", showlegend=False,
+            x=[*banded["step"], *banded["step"][::-1]], y=[*banded["high"], *banded["low"][::-1]], mode="lines",
+            fill="toself", fillcolor=colour, opacity=0.16, line={"width": 0}, hoverinfo="skip", showlegend=False,
             legendgroup=group or name, name=f"{name} 95%"), row, col)
     marks = "lines+markers" if len(curve) <= 25 else "lines"
     figure.add_trace(go.Scatter(
@@ -154,7 +159,7 @@ def learning_curves(df: pd.DataFrame, metric: str = "accuracy", kind: str = "eva
     df = df[df["kind"] == kind]
     figure = go.Figure(layout={"template": template(), "title": {"text": title}, "height": 440})
     for method in methods_of(df):
-        _add_curve(figure, df[df["method"] == method], metric, *method_style(method))
+        add_curve(figure, df[df["method"] == method], metric, *method_style(method))
     figure.update_xaxes(title_text="training step")
     figure.update_yaxes(title_text=label, **({"range": [0, 1.02]} if metric in SHARES else {}))
     return figure
@@ -185,7 +190,7 @@ def training_panel(df: pd.DataFrame) -> go.Figure:
                 if metric not in df.columns or part[metric].isna().all():
                     continue
                 name, colour, _ = method_style(method)
-                _add_curve(figure, part, metric, name, colour, "dot" if metric != metrics[0] else "solid", row, col,
+                add_curve(figure, part, metric, name, colour, "dot" if metric != metrics[0] else "solid", row, col,
                            legend=name not in named, group=name)
                 named.add(name)
         if row == 2:
@@ -202,10 +207,10 @@ def alpha_against_pass_rate(df: pd.DataFrame) -> go.Figure:
     if empty := missing(df, ["alpha"], title):
         return empty
     figure = go.Figure(layout={"template": template(), "title": {"text": title}, "height": 420})
-    _add_curve(figure, df, "reward_autonomous", "pass rate, autonomous", AUTONOMOUS, "solid")
+    add_curve(figure, df, "reward_autonomous", "pass rate, autonomous", AUTONOMOUS, "solid")
     if "reward_guided" in df.columns and not df["reward_guided"].isna().all():
-        _add_curve(figure, df, "reward_guided", "pass rate, guided", GUIDED, "dot")
-    _add_curve(figure, df, "alpha", "alpha(q), mean over problems", "#D55E00", "dash")
+        add_curve(figure, df, "reward_guided", "pass rate, guided", GUIDED, "dot")
+    add_curve(figure, df, "alpha", "alpha(q), mean over problems", "#D55E00", "dash")
     figure.update_xaxes(title_text="training step")
     figure.update_yaxes(title_text="pass rate and alpha", range=[0, 1.02])
     return figure

@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": ("rl", "supervised"),
+    "objective": ("rl", "supervised", "none"),
     "advantage_std": ("sample", "population", "none"),
     "aggregation": ("response_mean", "token_mean", "sequence_mean"),
     "expert": ("none", "group", "fallback"),
@@ -37,7 +37,7 @@ class MethodConfig:
     method: str = "sgpo"
     """Name under which the run is shown."""
     objective: str = "rl"
-    """`rl` (sampled responses) or `supervised` (expert solutions)."""
+    """`rl` (sampled responses), `supervised` (expert solutions) or `none` (the base is only evaluated)."""
     g1: int = 8
     """G1: autonomous responses per problem."""
     g2: int = 4

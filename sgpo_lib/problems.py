@@ -29,6 +29,7 @@ import yaml
 from sgpo_lib import testbed
 from sgpo_lib.config import DataConfig, unknown
 from sgpo_lib.records import Problem, PromptStyle, Strategy
+from sgpo_lib.strategies import spoiled
 
 Parts = dict[str, list[Problem]]
 SPLITS = ("train", "validation", "test")
@@ -51,13 +52,8 @@ class Splits:
     """For the final evaluation."""
     source: str
     """Where the problems came from, what was left out, how many strategies were merged: one line for a person."""
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """12 hex digits over id, prompt, answer and strategy of every problem, split by split."""
-        parts = (self.warmup, self.train, self.validation, self.test)
-        return _digest(*([(p.id, p.prompt, p.answer, p.strategy and dataclasses.astuple(p.strategy)) for p in part]
-                         for part in parts))[:12]  # fmt: skip
+    fingerprint: str
+    """12 hex digits over id, prompt, answer and strategy (as it came) of every problem, split by split."""
 
 
 def load(data: DataConfig) -> Splits:
@@ -72,9 +68,8 @@ def load(data: DataConfig) -> Splits:
     args = ", ".join(f"{k}={v!r}" for k, v in data.problem_args.items())
     if data.problems == "testbed":
         known = set(inspect.signature(testbed.generate).parameters) - {"seed"}
-        for arg in data.problem_args:
-            if arg not in known:
-                raise unknown("testbed argument", arg, known)
+        for arg in (a for a in data.problem_args if a not in known):
+            raise unknown("testbed argument", arg, known)
         source = f"testbed({args})"
         parts = _fill(testbed.generate(data.data_seed, **data.problem_args), wanted, data.data_seed, source)
     elif kind == "reasoning-gym":
@@ -92,7 +87,13 @@ def load(data: DataConfig) -> Splits:
     style = PromptStyle(data.instruction, data.guided_prompt)
     parts = {name: [dataclasses.replace(p, style=style) for p in part] for name, part in parts.items()}
     warmup, train = _first(parts["train"], count, "warmup", data.data_seed)
-    return Splits(tuple(warmup), tuple(train), tuple(parts["validation"]), tuple(parts["test"]), source)
+    fingerprint = _digest(*([(p.id, p.prompt, p.answer, p.strategy and dataclasses.astuple(p.strategy)) for p in part]
+                            for part in (warmup, train, parts["validation"], parts["test"])))[:12]  # fmt: skip
+    if data.bad_strategies:
+        spoils, _ = _first(train, round(data.bad_share * len(train)), "bad strategy", data.data_seed)
+        chosen = {p.id for p in spoils}
+        train = [spoiled(p, data.bad_strategies, train) if p.id in chosen else p for p in train]
+    return Splits(tuple(warmup), tuple(train), tuple(parts["validation"]), tuple(parts["test"]), source, fingerprint)
 
 
 def require_strategies(problems: Sequence[Problem], source: str) -> None:
@@ -169,10 +170,9 @@ def _gym(name: str, args: Mapping[str, Any], seed: int) -> Iterator[Problem]:
                          "Python sets: set PYTHONHASHSEED=0 before Python or Jupyter starts")
     make, config = datasets[name]
     defaults = {f.name: f.default for f in dataclasses.fields(config) if f.name not in ("seed", "size")}
-    for arg in args:
-        if arg not in defaults:
-            what = f"argument of reasoning-gym:{name} (its seed is data_seed, its size n_train and so on)"
-            raise unknown(what, arg, defaults)
+    for arg in (a for a in args if a not in defaults):
+        what = f"argument of reasoning-gym:{name} (its seed is data_seed, its size n_train and so on)"
+        raise unknown(what, arg, defaults)
 
     def entries() -> Iterator[tuple[Any, dict[str, Any]]]:
         for chunk in itertools.count():

@@ -34,6 +34,7 @@ _WITH_EXPERT = replace(_GRPO, advantage_std="none", clip_low=1.0, clip_high=math
                        entropy_coefficient=0.00025)
 _RECIPES: dict[str, MethodConfig] = {
     "sgpo": _SGPO,
+    "base": replace(_GRPO, objective="none"),
     "sft": replace(_GRPO, objective="supervised"),
     "sft_grpo": replace(_GRPO, g1=12),
     "grpo8": _GRPO,
@@ -102,8 +103,12 @@ NOTEBOOK_FIELDS: dict[str, str] = {
     "overrides": "Any other configuration fields by name, short or dotted.",
     "baseline": "Method that a notebook trains beside the first; empty for none.",
     "warmup_steps": "Steps of the supervised warm-up run that comes before RL; 0 for none.",
+    "seeds": "Several seeds, one run after another, instead of `seed`; empty for none.",
     "run": "Folder of one finished run.",
     "runs": "Folders of several runs; empty for all that fit.",
+    "batch": "Name of a batch of notebooks whose runs to read; empty for all.",
+    "token_problems": "Problems of each world on which the base's token divergences are measured; 0 for none.",
+    "export": "Folder below reports/ for tables and figures; empty writes none.",
 }
 """Parameters of notebooks that are not configuration fields; every other parameter is one."""
 

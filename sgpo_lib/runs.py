@@ -48,6 +48,12 @@ def runs_root() -> Path:
     return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "runs"
 
 
+def reports_root() -> Path:
+    """Where reports go: `reports/` of the checkout, else of the current folder."""
+    checkout = PACKAGE_FOLDER.parent
+    return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "reports"
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Replace a text file whole: write beside it, flush to disk, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)

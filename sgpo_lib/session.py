@@ -178,6 +178,7 @@ def open_session(config: RunConfig, run: Run) -> Iterator[Session]:
     items = (splits.warmup or splits.train) if supervised else splits.train
     per_epoch = max(1, len(items) // min(train.problems_per_step, len(items)))
     total = math.ceil(train.epochs * per_epoch) if train.epochs else train.steps
+    total = 0 if config.method.objective == "none" else total
     with model.verifier:
         guided_side = GuidedSide(policy, config.method.guided_side, config.method.ema_decay)
         yield Session(config, policy, model.engine, model.verifier, splits, run, optimizer, guided_side, total)

@@ -16,14 +16,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sgpo_lib.config import RunConfig
+from sgpo_lib.config import RunConfig, override
 from sgpo_lib.objective import DIVERGENCES, ProblemWork, accumulate, autonomous_logp, plan
-from sgpo_lib.problems import load, require_solutions, require_strategies
+from sgpo_lib.problems import load, normalised, require_solutions, require_strategies
 from sgpo_lib.prompts import expert_text, prompt_ids, response_ids
-from sgpo_lib.records import RolloutGroup
+from sgpo_lib.records import Problem, RolloutGroup
 from sgpo_lib.rollouts.groups import judge_groups, rollout_rows, sample_groups
 from sgpo_lib.runs import Run, locked, open_run
 from sgpo_lib.session import FINAL, Session, open_session
+from sgpo_lib.strategies import is_spoiled
 from sgpo_lib.supervised import expert_rows, require_room, supervised_step, validation_loss
 from sgpo_lib.tracking import Tracker
 
@@ -170,6 +171,10 @@ def step_metrics(session: Session, groups: Sequence[RolloutGroup], works: Sequen
             "alpha": sum(w.alpha for w in works) / len(works),
             "target_share": sum(bool(w.targets) for w in works) / len(works), "loss_kd": sums["loss_kd"] / updates,
         }
+    spoils = bool(guided and session.config.data.bad_strategies)
+    for name, bad in (("alpha_bad", True), ("alpha_good", False)) if spoils else ():
+        part = [w.alpha for w in works if is_spoiled(w.group.problem) == bad]
+        row |= {name: sum(part) / len(part)} if part else {}
     if method.distillation in DIVERGENCES:
         row |= {"kl_mean": per("kl_sum", "kl_token_count"),
                 "kl_clipped_share": per("kl_clipped_count", "kl_token_count")}
@@ -187,6 +192,7 @@ def _check(session: Session) -> None:
     """Refuse problems that cannot be trained on. Raises ValueError."""
     config, splits = session.config, session.splits
     everything = [*splits.warmup, *splits.train, *splits.validation, *splits.test]
+    everything += transfer_problems(config) if config.evaluation.transfer else ()
     guided = config.method.objective == "rl" and config.method.g2 > 0
     if guided:
         require_strategies(splits.train, splits.source)
@@ -221,8 +227,25 @@ def _resume(session: Session) -> None:
         session.run.forget_after(-1)
 
 
+def transfer_problems(config: RunConfig) -> tuple[Problem, ...]:
+    """The second test set of `evaluation.transfer`, without what the run learns or validates on.
+
+    Other counts and seeds split the same source otherwise, so texts of the first set's training part may come up here.
+    Raises what `problems.load` raises, and ValueError where no problem is left.
+    """
+    changes = {"bad_strategies": "", "bad_share": 0.0} | config.evaluation.transfer
+    found = load(override(config, {f"data.{name}": value for name, value in changes.items()}).data).test
+    first = load(config.data)
+    seen = {normalised(p.prompt) for p in (*first.warmup, *first.train, *first.validation)}
+    kept = tuple(p for p in found if normalised(p.prompt) not in seen)
+    if not kept:
+        raise ValueError(f"evaluation.transfer: got {config.evaluation.transfer}, which gives {len(found)} test "
+                         "problems, none of them new to the run. Set n_test above 0 in it, or other problem_args")
+    return kept
+
+
 def _finish(session: Session, log: OnRow) -> None:
-    """Final weights, final evaluation on the test problems, summary, DONE."""
+    """Final weights, final evaluation on the test problems (and those of `transfer`), summary, DONE."""
     run, config = session.run, session.config
     if session.best_step >= 0 and session.best_step != session.step:
         session.policy.load(run.folder / "checkpoints" / f"step-{session.best_step:06d}")
@@ -244,4 +267,9 @@ def _finish(session: Session, log: OnRow) -> None:
         summary["test"] = evaluation.summary()
         if not run.metrics("test"):  # it is there when only DONE was missing
             log({"kind": "test", "step": session.step, **evaluation.row()})
+    if config.evaluation.transfer:
+        problems = transfer_problems(config)
+        evaluation = session.evaluate(problems, config.evaluation.test_k, (config.seed, "transfer"))
+        evaluation.write(run.folder / "evaluation" / "transfer.jsonl")
+        summary["transfer"] = evaluation.summary()
     run.finish(summary)

@@ -20,11 +20,12 @@ MAX_LINES = 350
 ORDER = [
     "method_config", "config", "config_checks", "records", "prompts", "testbed_families", "testbed", "tiny", "recipes",
     "runs", "answers", "equivalence", "reward_worker",
-    "rewards", "problems", "batching", "policy", "rollouts.interface",
-    "rollouts", "rollouts.*", "strategies", "losses.masked", "losses", "losses.grpo", "losses.*",
+    "rewards", "strategies", "problems", "batching", "policy", "rollouts.interface",
+    "rollouts", "rollouts.*", "losses.masked", "losses", "losses.grpo", "losses.*",
     "analysis", "evaluation", "bases", "guided_side", "session", "supervised", "tracking", "objective", "trainer",
-    "frames", "figures", "comparison", "method_figures", "live", "heatmap", "jobs", "pages", "report", "launch",
-    "batch_spec", "batch", "cli",
+    "frames", "figures", "static_marks", "static_axes", "static_images", "comparison", "study", "claims",
+    "study_figures", "exports",
+    "method_figures", "live", "heatmap", "jobs", "pages", "report", "launch", "batch_spec", "batch", "cli",
 ]  # fmt: skip
 """Each module imports only from those above it. `x.*` are the remaining modules of package x, which do not import
 each other. The package itself (`sgpo_lib/__init__.py`) is above all."""

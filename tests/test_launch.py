@@ -1,5 +1,6 @@
 """Headless notebooks: parameters, failures, a kernel that dies, what is skipped; batches: grid, order, faults."""
 
+import itertools
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from sgpo_lib.batch import run_batch
 from sgpo_lib.batch_spec import load_batch
 from sgpo_lib.cli import main
 from sgpo_lib.launch import run_notebook
+from sgpo_lib.recipes import from_parameters
 
 PARAMETERS = "steps = 3\nlr = 1e-3\nname = 'a # b = c'\nflag = True\nseed = None\nmethod = 'sgpo'\noverrides = {}"
 
@@ -179,6 +181,16 @@ def test_grid_smoke_and_dependencies(tmp_path):
     assert small.name == "b-smoke"
 
 
+def test_smoke_leaves_out_jobs_that_it_says_false_to(tmp_path):
+    write_notebook(tmp_path)
+    spec = write_spec(tmp_path, jobs={
+        "long": {"notebook": "trial", "grid": {"seed": [0, 1]}}, "short": {"notebook": "trial"},
+        "last": {"notebook": "trial", "after": ["long", "short"]}}, smoke={"long": False})
+    assert [j.name for j in load_batch(spec).jobs] == ["long-s0", "long-s1", "short", "last"]
+    small = load_batch(spec, smoke=True)
+    assert [(j.name, j.after) for j in small.jobs] == [("short", ()), ("last", ("short",))]
+
+
 @pytest.mark.parametrize(("spec", "message"), [
     ({"jobs": {"a": {"notebook": "trial", "after": ["c"]}}}, "unknown job 'c'"),
     ({"jobs": {"a": {"notebook": "trial", "after": "b"}, "b": {"notebook": "trial", "after": "a"}}},
@@ -265,6 +277,27 @@ def test_the_quickstart_series_is_sound():
     plan = load_batch(spec)
     assert len(plan.jobs) == len({j.name for j in plan.jobs}) == 15
     assert len(load_batch(spec, smoke=True).jobs) == 11
+
+
+def test_the_paper_batch_is_sound():
+    """Two jobs never write one run at the same time: those that share runs wait for each other."""
+    spec = Path(__file__).parent.parent / "experiments" / "paper.yaml"
+    plan = load_batch(spec)
+    names = {j.name: j for j in plan.jobs}
+    assert len(load_batch(spec, smoke=True).jobs) == 10
+    made: dict[str, list[str]] = {}
+    for job in plan.jobs:
+        placed = jobs.place_parameters(job.notebook, job.parameters)
+        if job.notebook.stem != "06_full_run":
+            continue
+        given = {k: v for k, v in placed.items() if k in ("profile", "method", "steps")}
+        for seed in placed["seeds"]:
+            config = from_parameters(**{"profile": "tiny", "steps": 40, **given, **placed["overrides"]}, seed=seed)
+            made.setdefault(config.label, []).append(job.name)
+    assert len(made) > 200
+    for sharing in made.values():
+        for a, b in itertools.combinations(sharing, 2):
+            assert a in names[b].after or b in names[a].after, f"{a} and {b} write the same run"
 
 
 def test_a_relative_file_means_where_the_command_runs(tmp_path, monkeypatch):

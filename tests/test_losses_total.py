@@ -57,7 +57,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("guided_sft", {"target_selection": "all_correct"}), ("no_grpo", {"weighting": "group_advantage"}),
     ("no_adaptive_weight", {"alpha_fixed": 2.5}), ("sgpo", {"expert": "fallback"}), ("sgpo", {"expert": "group"}),
 ]
-RL = [name for name in METHODS if name != "sft"]
+RL = [name for name, method in METHODS.items() if method.objective == "rl"]
 
 
 class PrefixPolicy:

@@ -63,9 +63,9 @@ def test_every_method_trains_from_one_base(tmp_path, monkeypatch):
 def check_metrics(name: str, run: Run) -> None:
     method = METHODS[name]
     rows = run.metrics("supervised" if method.objective == "supervised" else "train")
-    assert [row["step"] for row in rows] == list(range(1, 21)), name
+    assert [row["step"] for row in rows] == list(range(1, 1 if method.objective == "none" else 21)), name
     assert all(math.isfinite(v) for row in run.metrics() for v in row.values() if isinstance(v, int | float)), name
-    assert rows[0]["grad_norm"] > 0 and run.summary["test"]["problems"] == 40, name
+    assert run.summary["test"]["problems"] == 40 and all(row["grad_norm"] > 0 for row in rows[:1]), name
     if method.objective == "rl":
         assert all(row["sampler_trainer_gap"] < 1e-4 for row in rows), name
         assert ("alpha" in rows[0]) == (method.g2 > 0) and ("loss_expert" in rows[0]) == (method.expert != "none"), name

@@ -94,6 +94,15 @@ def test_05_06_07_run_evaluate_compare(tmp_path, monkeypatch):
     assert "grpo8" in text and "pairs" in text and text.count("PLOT") >= 4
 
 
+def test_06_with_several_seeds_leaves_a_run_of_each(tmp_path):
+    few = {**SHORT, "g1": 2, "g2": 2, "problems_per_step": 2, "max_new_tokens": 8, "eval_every": 0}
+    text = execute(tmp_path, "06_full_run", profile="tiny", steps=1, seeds=[0, 1], overrides=few)
+    labels = [from_parameters("tiny", "sgpo", seed, steps=1, **few).label for seed in (0, 1)]
+    assert all(load_run(label).done and load_run(label).config.seed == s for s, label in enumerate(labels))
+    assert all(label in text for label in labels) and "RL starts from the base model" in text
+    assert text.count("PLOT") == 2
+
+
 @NEEDS_SMOLLM2
 def test_02_on_smollm2(tmp_path):
     text = execute(tmp_path, "02_guided_vs_autonomous", profile="smollm2", problems_per_step=1, g1=2, g2=2,

@@ -50,6 +50,7 @@ def test_methods_of_a_profile_differ_in_the_objective_alone(profile):
         changed = {row.partition(":")[0] for row in difference(sgpo, from_parameters(profile, method))}
         assert all(name.startswith("method.") for name in changed), changed
     assert from_parameters(profile, "sft").method.objective == "supervised"
+    assert from_parameters(profile, "base").method.objective == "none"
 
 
 def test_the_order_is_defaults_profile_method_overrides():
@@ -83,7 +84,7 @@ def test_the_baselines_have_the_papers_sample_budgets():
     assert budget == {
         **guided, "no_distillation": (8, 0, "none"), "grpo8": (8, 0, "none"), "sft_grpo": (12, 0, "none"),
         "luffy": (11, 0, "group"), "luffy8": (7, 0, "group"), "hpt": (12, 0, "fallback")}
-    assert set(METHODS) == {*budget, "sft"} and all(m.method == name for name, m in METHODS.items())
+    assert set(METHODS) == {*budget, "sft", "base"} and all(m.method == name for name, m in METHODS.items())
 
 
 def fields(one: RunConfig, other: RunConfig) -> dict[str, Any]:
@@ -197,6 +198,7 @@ def test_every_word_of_the_objective_is_checked_and_documented():
     ("no_grpo", {"distillation": "none"}, "policy_gradient"), ("no_grpo", {"expert": "group"}, "policy_gradient"),
     ("grpo8", {"guided_side": "frozen"}, "guided_side"), ("guided_sft", {"guided_side": "ema"}, "guided_side"),
     ("group_advantage_weight", {"advantage_std": "none"}, "advantage_std"),
+    ("no_grpo", {"entropy_coefficient": 0.01}, "entropy_coefficient"),
 ])  # fmt: skip
 def test_fields_that_do_not_go_together_are_refused_with_a_cure(method, values, field):
     with pytest.raises(ValueError) as error:
