@@ -248,7 +248,7 @@ def _pointing(study: Study, tokens: pd.DataFrame | None) -> list[Part]:
         auc: dict[str, list[float]] = {}
         for (problem, _), told in frame.groupby(["problem", "response"]):
             critical = told["critical"].tolist()
-            auc.setdefault(problem, []).append(
+            auc.setdefault(str(problem), []).append(
                 rank_auc(told["kl"].tolist(), critical) - rank_auc(told["sft_loss"].tolist(), critical))
         parts.append(Part(8, text, "AUC", _told(mean_interval(v)[0] for v in auc.values()), None, counted, str(where)))
         by_stage = frame.groupby(["stage", "problem", "response"])["sft_loss"].mean()

@@ -21,10 +21,13 @@ def setting(config: RunConfig) -> str:
 def world(config: RunConfig) -> str:
     """Fingerprint of base, problems, sampling, reward and evaluation: what compared methods must share.
 
-    Strategies spoiled on purpose are part of the variant, not of the world.
+    Strategies spoiled on purpose are part of the variant, not of the world, and how often training evaluates is part
+    of the training: supervised runs have another `eval_every`.
     """
     data = dataclasses.replace(config.data, bad_strategies="", bad_share=0.0)
-    return dataclasses.replace(config, seed=0, method=MethodConfig(), train=TrainConfig(), data=data).fingerprint
+    evaluation = dataclasses.replace(config.evaluation, eval_every=0)
+    return dataclasses.replace(config, seed=0, method=MethodConfig(), train=TrainConfig(), data=data,
+                               evaluation=evaluation).fingerprint
 
 
 _NAMED = ("train.mini_batch", "train.updates_per_batch", "data.bad_strategies", "data.bad_share")

@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from run_folders import made_up
 
 from sgpo_lib.comparison import accuracy_differences, bootstrap_interval, check_together, steps_differences
-from sgpo_lib.config import RunConfig
+from sgpo_lib.figures import mean_interval
 from sgpo_lib.recipes import from_parameters
-from sgpo_lib.runs import Run, open_run
-
-
-def finished(root: Path, method: str, seed: int, shares: list[float], problems: str = "abc", **changes) -> Run:
-    """A run folder with a test evaluation of these shares of 4 samples."""
-    config: RunConfig = from_parameters("tiny", method, seed, **changes)
-    run = open_run(config, root)
-    lines = [json.dumps({"problem_id": f"p{i}", "samples": 4, "correct": round(4 * x)}) for i, x in enumerate(shares)]
-    (run.folder / "evaluation").mkdir(exist_ok=True)
-    (run.folder / "evaluation" / "test.jsonl").write_text("\n".join(lines) + "\n")
-    run.finish({"method": method, "problems": problems})
-    return run
+from sgpo_lib.runs import open_run
 
 
 def test_differences_are_paired_by_seed_and_problem(tmp_path):
-    runs = [finished(tmp_path, "sgpo", 0, [1.0, 0.5]), finished(tmp_path, "sgpo", 1, [0.5, 0.5]),
-            finished(tmp_path, "grpo8", 1, [0.25, 0.5]), finished(tmp_path, "grpo8", 0, [0.5, 0.5]),
-            finished(tmp_path, "grpo8", 2, [0.0, 0.0])]
+    runs = [made_up(tmp_path, "sgpo", 0, [1.0, 0.5]), made_up(tmp_path, "sgpo", 1, [0.5, 0.5]),
+            made_up(tmp_path, "grpo8", 1, [0.25, 0.5]), made_up(tmp_path, "grpo8", 0, [0.5, 0.5]),
+            made_up(tmp_path, "grpo8", 2, [0.0, 0.0])]
     (row,) = accuracy_differences(runs).to_dict("records")
     # seed 0: -0.5, 0; seed 1: -0.25, 0; the mean of the four is -0.1875. Seed 2 has no partner
     assert row["difference"] == pytest.approx(-0.1875) and row["low"] < -0.1875 < row["high"]
@@ -75,11 +63,11 @@ def test_an_interval_is_not_needlessly_wide():
 
 
 def test_what_does_not_belong_together_is_refused_by_name(tmp_path):
-    good = [finished(tmp_path, "sgpo", 0, [1.0]), finished(tmp_path, "grpo8", 0, [1.0])]
+    good = [made_up(tmp_path, "sgpo", 0, [1.0]), made_up(tmp_path, "grpo8", 0, [1.0])]
     check_together(good, "sgpo")
-    other = finished(tmp_path, "sft_grpo", 0, [1.0], problems="xyz")
-    harder = finished(tmp_path, "luffy", 0, [1.0], problem_args={"level": "hard"})
-    longer = finished(tmp_path, "grpo8", 0, [1.0], test_k=8)
+    other = made_up(tmp_path, "sft_grpo", 0, [1.0], problems="xyz")
+    harder = made_up(tmp_path, "luffy", 0, [1.0], problem_args={"level": "hard"})
+    longer = made_up(tmp_path, "grpo8", 0, [1.0], test_k=8)
     open_config = from_parameters("tiny", "hpt", 0)
     started = open_run(open_config, tmp_path)
     for bad, words in ((other, "problems 'xyz'"), (harder, "data.problem_args {'level': 'hard'}"),
@@ -93,7 +81,7 @@ def test_what_does_not_belong_together_is_refused_by_name(tmp_path):
 
 
 def test_a_run_without_a_test_is_named(tmp_path):
-    runs = [finished(tmp_path, "sgpo", 0, [1.0]), finished(tmp_path, "grpo8", 0, [1.0])]
+    runs = [made_up(tmp_path, "sgpo", 0, [1.0]), made_up(tmp_path, "grpo8", 0, [1.0])]
     (runs[1].folder / "evaluation" / "test.jsonl").unlink()
     with pytest.raises(ValueError, match=r"tiny-grpo8-s0-\w+: no test\.jsonl"):
         accuracy_differences(runs)
@@ -101,12 +89,12 @@ def test_a_run_without_a_test_is_named(tmp_path):
 
 def test_settings_are_told_apart(tmp_path):
     """Two learning rates of one method are refused, not averaged, also with different seeds."""
-    runs = [finished(tmp_path, "sgpo", 0, [1.0]), finished(tmp_path, "grpo8", 0, [1.0]),
-            finished(tmp_path, "grpo8", 0, [0.0], lr=1e-3)]
+    runs = [made_up(tmp_path, "sgpo", 0, [1.0]), made_up(tmp_path, "grpo8", 0, [1.0]),
+            made_up(tmp_path, "grpo8", 0, [0.0], lr=1e-3)]
     assert dataclasses.replace(runs[1].config, train=runs[2].config.train) == runs[2].config
     with pytest.raises(ValueError, match="both grpo8 with seed 0"):
         accuracy_differences(runs)
-    runs[2] = finished(tmp_path, "grpo8", 1, [0.0], lr=1e-3)
+    runs[2] = made_up(tmp_path, "grpo8", 1, [0.0], lr=1e-3)
     with pytest.raises(ValueError, match="are grpo8 with other settings"):
         accuracy_differences(runs)
 
@@ -125,3 +113,11 @@ def test_steps_are_paired_by_seed():
     # seed 0: 15 - 5 = 10; seed 1: 10 - 0 = 10; seed 2 never got there
     assert (row["pairs"], row["never"]) == (2, 1)
     assert (row["difference"], row["low"], row["high"]) == pytest.approx((10.0, 10.0, 10.0))
+
+
+def test_seeds_alone_give_about_the_t_interval():
+    """Without spread over problems. Without the factor S/(S-1) of the seeds' variance five have 0.87 of it."""
+    for values in ([1.0, 2, 3, 4, 5, 6, 7, 8], [1.0, 2, 3, 4, 5]):
+        _, low, high = bootstrap_interval(np.repeat(np.array(values)[:, None], 6, axis=1), draws=20000)
+        _, t_low, t_high = mean_interval(values)
+        assert 0.95 < (high - low) / (t_high - t_low) < 1.05
