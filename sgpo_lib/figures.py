@@ -38,6 +38,7 @@ METHODS = {  # name: label, colour, dash
     "sgpo guided_side=ema ema_decay=0.95": ("SGPO, averaged guided side (ours)", "#555555", "dashdot"),
 }
 """Label, colour and dash of the named methods and two variants; others take what is left."""
+_WORDS = {"guided_side=frozen": "frozen guided side", "guided_side=ema": "averaged guided side"}
 _SPARE = ("#8C6D31", "#4D4D4D", "#5D4A7E", "#4B6C4B")
 GUIDED, AUTONOMOUS = "#E69F00", "#0072B2"
 """Colours of the two prompts, where a figure compares them."""
@@ -79,7 +80,7 @@ def method_style(method: str) -> tuple[str, str, str]:
     if method in METHODS:
         return METHODS[method]
     name, *fields = method.split(" ")
-    label = ", ".join([METHODS[name][0] if name in METHODS else name, *fields])
+    label = ", ".join([METHODS[name][0] if name in METHODS else name, *(_WORDS.get(f, f) for f in fields)])
     return label, _SPARE[sum(method.encode()) % len(_SPARE)], "longdash"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
@@ -10,12 +11,20 @@ import pandas as pd
 
 from sgpo_lib.config import MethodConfig, RunConfig, TrainConfig, field_index
 from sgpo_lib.recipes import METHODS, from_parameters
-from sgpo_lib.runs import Run
+from sgpo_lib.runs import Run, load_run
 
 
 def setting(config: RunConfig) -> str:
-    """Fingerprint of everything but the seed: runs that share it are repetitions of one another."""
-    return dataclasses.replace(config, seed=0).fingerprint
+    """Fingerprint of everything but the seed: runs that share it are repetitions of one another.
+
+    A run that started from another one's weights has that one's setting in it, so that warm-ups may differ in seed.
+    """
+    start = config.train.init_from
+    if start:
+        with contextlib.suppress(ValueError):  # a warm-up that is gone keeps its name
+            start = setting(load_run(start).config)
+    train = dataclasses.replace(config.train, init_from=start)
+    return dataclasses.replace(config, seed=0, train=train).fingerprint
 
 
 def world(config: RunConfig) -> str:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,10 +26,9 @@ from sgpo_lib.frames import one_setting_each, variant, world
 from sgpo_lib.problems import load
 from sgpo_lib.records import Problem
 from sgpo_lib.rollouts.groups import judge_groups, sample_groups
-from sgpo_lib.runs import Run
+from sgpo_lib.runs import Run, read_jsonl
 from sgpo_lib.session import open_model
 from sgpo_lib.tiny import base_key
-from sgpo_lib.trainer import transfer_problems
 
 Told = tuple[float, float, float, int]
 """Difference, low and high end of its 95% interval, seeds behind it."""
@@ -59,7 +58,8 @@ class Study:
         for run in self.all:
             found.setdefault(world(run.config), []).append(run)
         kept = []
-        for members in found.values():
+        for everything in found.values():
+            members = self._as_long_as_reference(everything)
             chosen = one_setting_each(members)
             names = {r.folder.name for r in chosen}
             self.left_out |= {r.folder.name: _OTHER for r in members if r.folder.name not in names}
@@ -78,6 +78,17 @@ class Study:
             label = label if label not in self.worlds else f"{label} ({world(chosen[0].config)[:6]})"
             comparison.check_together(chosen, reference)
             self.worlds[label] = chosen
+
+    def _as_long_as_reference(self, runs: Sequence[Run]) -> list[Run]:
+        """Without RL runs that took other numbers of steps than the reference's setting; they are named."""
+        own = one_setting_each([r for r in runs if variant(r.config) == self.reference])
+        if not own:
+            return list(runs)
+        length = own[0].config.train.steps, own[0].config.train.epochs
+        other = {r.folder.name for r in runs if r.config.method.objective == "rl"
+                 and (r.config.train.steps, r.config.train.epochs) != length}
+        self.left_out |= dict.fromkeys(other, f"other number of steps than {self.reference} has here")
+        return [r for r in runs if r.folder.name not in other]
 
     @property
     def main(self) -> str:
@@ -112,10 +123,11 @@ class Study:
     def accuracy_table(self, where: str = "") -> pd.DataFrame:
         """One row per variant of a world: seeds, accuracies with intervals, differences to the reference, speed.
 
-        Columns method, seeds; test, transfer (mean over seeds, t-interval in _low and _high); difference (test
-        accuracy minus the reference's, over seeds and problems); speed (mean validation accuracy over the evaluations
-        of training), speed_difference (t-interval over seeds); choice and skill (testbed: shares of the forks of test
-        responses).
+        Columns method, seeds; test, transfer (mean over seeds, t-interval in _low and _high); difference and
+        transfer_difference (minus the reference's accuracy, over seeds and problems); speed (mean validation accuracy
+        over the evaluations of training), speed_difference (t-interval over seeds). On the testbed also choice and
+        skill (shares of the forks of test responses) and opening (share of test responses that begin as only guided
+        ones of the base do).
         """
         rows = []
         for name in self.variants(where):
@@ -125,37 +137,37 @@ class Study:
                 values = [(r.summary.get(part) or {}).get("accuracy", math.nan) for r in members.values()]
                 row |= dict(zip(_ends(part), mean_interval(values), strict=True))
             if name != self.reference:
-                for column, told in (("difference", self.difference(name, self.reference, where=where)),
-                                     ("speed_difference", self.number(name, self.reference, speed, where))):
+                for column, told in (
+                        ("difference", self.difference(name, self.reference, where=where)),
+                        ("transfer_difference", self.difference(name, self.reference, "transfer", where)),
+                        ("speed_difference", self.number(name, self.reference, speed, where))):
                     row |= dict(zip(_ends(column), told[:3], strict=True))
-            row["speed"] = mean_interval([speed(r) for r in members.values()])[0]
-            row["choice"], row["skill"] = (mean_interval(v)[0] for v in zip(*map(forks, members.values()), strict=True))
+            for column, measure in (("speed", speed), ("choice", choice), ("skill", skill), ("opening", opening)):
+                row[column] = mean_interval([measure(r) for r in members.values()])[0]
             rows.append(row)
         columns = ["method", "seeds", *_ends("test"), *_ends("difference"), "speed", *_ends("speed_difference"),
-                   *_ends("transfer"), "choice", "skill"]
+                   *_ends("transfer"), *_ends("transfer_difference"), "choice", "skill", "opening"]
         return pd.DataFrame(rows).reindex(columns=columns)
 
     def sweep_table(self) -> pd.DataFrame:
-        """Variants of the reference in the main world that differ from it in one field, beside the reference itself.
+        """Variants of the main world that differ from the reference in one number of the method, beside the reference.
 
-        Columns field, value, paper (the reference's value), method, seeds, test, test_low, test_high, difference,
-        difference_low, difference_high (to the reference, over the shared seeds). g1 and g2 count as one field.
+        Columns field, value, paper (the reference's value), method, seeds, then difference, transfer_difference and
+        speed_difference to the reference over the shared seeds, with their bounds. g1 and g2 count as one field.
         """
         table = self.accuracy_table().set_index("method")
-        config = next(iter(self.runs(self.reference).values())).config
+        reference = _numbers(next(iter(self.runs(self.reference).values())).config)
         rows: list[dict[str, object]] = []
-        for name in table.index:
-            first, *fields = name.split(" ")
-            split = [f.split("=", 1) for f in fields]
-            field = "g1:g2" if {n for n, _ in split} == {"g1", "g2"} else split[0][0] if len(split) == 1 else ""
-            if first == self.reference and field:
-                rows.append({"field": field, "value": ":".join(v for _, v in split), "paper": False, "method": name})
-        for field in dict.fromkeys(str(r["field"]) for r in rows):
-            m, t = config.method, config.train
-            value = f"{m.g1}:{m.g2}" if field == "g1:g2" else str(getattr(m, field, getattr(t, field, "")))
-            rows.append({"field": field, "value": value, "paper": True, "method": self.reference})
-        rows.sort(key=lambda r: (str(r["field"]), *(_number(v) for v in str(r["value"]).split(":"))))
-        kept = ["seeds", *_ends("test"), *_ends("difference"), "speed", *_ends("speed_difference")]
+        for name in [n for n in table.index if n != self.reference]:
+            config = next(iter(self.runs(name).values())).config
+            own = _numbers(config)
+            fields = [f for f in own if own[f] != reference[f]]
+            if len(fields) == 1 and _words(config) == _words(next(iter(self.runs(self.reference).values())).config):
+                rows.append({"field": fields[0], "value": own[fields[0]], "paper": False, "method": name})
+        rows += [{"field": field, "value": reference[field], "paper": True, "method": self.reference}
+                 for field in dict.fromkeys(str(r["field"]) for r in rows)]
+        rows.sort(key=lambda r: (str(r["field"]), *(float(v) for v in str(r["value"]).split(":"))))
+        kept = ["seeds", *_ends("difference"), *_ends("transfer_difference"), *_ends("speed_difference")]
         return pd.DataFrame([{**r, **table.loc[str(r["method"]), kept].to_dict()} for r in rows],
                             columns=["field", "value", "paper", "method", *kept])
 
@@ -166,10 +178,10 @@ class Study:
         return table[table["method"].isin(methods)][["where", *tables[0].columns.drop("where")]]
 
     def learning_rates(self) -> pd.DataFrame:
-        """How the learning rates of the main world were chosen: validation accuracy at the end, by method and rate.
+        """How the learning rates of the main world were chosen, by method and rate.
 
-        Columns method, lr, seeds (those that every rate of the method has), accuracy (mean of the last three
-        evaluations of training, over these seeds), used (the rate of the tables), best.
+        Columns method, lr, seeds (those that every rate of the method has), score (`end_score`, by which the rate was
+        chosen), test and skill (which played no part), used (the rate of the tables), best.
         """
         main = self.worlds[self.main]
         used = {variant(r.config): r.config for r in main}
@@ -184,18 +196,26 @@ class Study:
             if len(rates) < 2:
                 continue
             seeds = sorted(set.intersection(*(set(runs) for runs in rates.values())))
-            told = {lr: float(np.mean([end_accuracy(runs[s]) for s in seeds])) for lr, runs in rates.items() if seeds}
-            best = max((v for v in told.values() if not math.isnan(v)), default=math.nan)
-            rows += [(name, lr, len(seeds), value, lr == used[name].train.lr, value == best)
-                     for lr, value in sorted(told.items())]
-        return pd.DataFrame(rows, columns=["method", "lr", "seeds", "accuracy", "used", "best"])
+            told = {lr: [mean_interval([f(runs[s]) for s in seeds])[0] for f in (end_score, final_accuracy, skill)]
+                    for lr, runs in rates.items() if seeds}
+            best = max((v[0] for v in told.values() if not math.isnan(v[0])), default=math.nan)
+            rows += [(name, lr, len(seeds), *values, lr == used[name].train.lr, values[0] == best)
+                     for lr, values in sorted(told.items())]
+        return pd.DataFrame(rows, columns=["method", "lr", "seeds", "score", "test", "skill", "used", "best"])
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.inf
+def _numbers(config: RunConfig) -> dict[str, str]:
+    """The numbers of a method and its updates, as text."""
+    told = {k: f"{v:g}" for k, v in vars(config.method).items()
+            if isinstance(v, int | float) and not isinstance(v, bool) and k not in ("g1", "g2")}
+    more = {"updates_per_batch": config.train.updates_per_batch, "mini_batch": config.train.mini_batch}
+    return told | {"g1:g2": f"{config.method.g1}:{config.method.g2}"} | {k: str(v) for k, v in more.items()}
+
+
+def _words(config: RunConfig) -> dict[str, object]:
+    """What is no number in a method, its name aside, and what was done to the strategies."""
+    told = {k: v for k, v in vars(config.method).items() if isinstance(v, str | bool) and k != "method"}
+    return told | {"bad": (config.data.bad_strategies, config.data.bad_share)}
 
 
 def _ends(column: str) -> tuple[str, str, str]:
@@ -212,7 +232,12 @@ def speed(run: Run) -> float:
     return mean_metric(run, "accuracy", "eval")
 
 
-def end_accuracy(run: Run) -> float:
+def final_accuracy(run: Run) -> float:
+    """Accuracy of the final evaluation on test problems; NaN without one."""
+    return float((run.summary.get("test") or {}).get("accuracy", math.nan))
+
+
+def end_score(run: Run) -> float:
     """Mean validation accuracy of the last three evaluations of training; of a supervised run minus its lowest
     validation loss (nats per token), since that is what chooses its checkpoint."""
     rows = run.metrics("eval")
@@ -221,28 +246,46 @@ def end_accuracy(run: Run) -> float:
     return float(np.mean(told[-3:])) if told else -min(losses) if losses else math.nan
 
 
-def forks(run: Run, part: str = "test") -> tuple[float, float]:
-    """Choice and skill of a run on the testbed: share of right operations, and of operations carried out rightly,
-    over all forks of its final evaluation (`testbed.read_trace`). NaN elsewhere."""
-    path = run.folder / "evaluation" / f"{part}.jsonl"
-    if run.config.data.problems != "testbed" or not path.exists():
-        return math.nan, math.nan
-    problems = _problems(run, part)
-    readings = [step for line in path.read_text(encoding="utf-8").splitlines() for row in [json.loads(line)]
-                for text in row["responses"] for step in testbed.read_trace(problems[row["problem_id"]], text)]
+def choice(run: Run) -> float:
+    """Share of the forks of the test responses at which the right operation was named; NaN elsewhere than on the
+    testbed (`testbed.read_trace`)."""
+    return _forks(run)[0]
+
+
+def skill(run: Run) -> float:
+    """Share of the forks of the test responses at which the named operation was carried out rightly; NaN as above."""
+    return _forks(run)[1]
+
+
+def opening(run: Run) -> float:
+    """Share of the test responses that begin with `testbed.OPENING`; NaN as above."""
+    texts = [t for row in _responses(run) for t in row["responses"]]
+    return float(np.mean([t.strip().startswith(testbed.OPENING) for t in texts])) if texts else math.nan
+
+
+def _responses(run: Run) -> list[dict[str, Any]]:
+    known = run.config.data.problems == "testbed"
+    return read_jsonl(run.folder / "evaluation" / "test.jsonl") if known else []
+
+
+def _forks(run: Run) -> tuple[float, float]:
+    problems = _problems(run)
+    readings = [step for row in _responses(run) for text in row["responses"]
+                for step in testbed.read_trace(problems[row["problem_id"]], text)]
     if not readings:
         return math.nan, math.nan
     return float(np.mean([r.choice for r in readings])), float(np.mean([r.skill for r in readings]))
 
 
-_CACHE: dict[tuple[str, str], dict[str, Problem]] = {}
+_CACHE: dict[str, dict[str, Problem]] = {}
 
 
-def _problems(run: Run, part: str) -> dict[str, Problem]:
-    key = world(run.config), part
+def _problems(run: Run) -> dict[str, Problem]:
+    if run.config.data.problems != "testbed":
+        return {}
+    key = world(run.config)
     if key not in _CACHE:
-        found = load(run.config.data).test if part == "test" else transfer_problems(run.config)
-        _CACHE[key] = {p.id: p for p in found}
+        _CACHE[key] = {p.id: p for p in load(run.config.data).test}
     return _CACHE[key]
 
 
@@ -250,8 +293,8 @@ def base_tokens(study: Study, problems: int) -> pd.DataFrame:
     """Token divergences of each world's base on its own correct guided responses (`analysis.token_table`).
 
     `problems` training problems of every testbed world, the reference's number of guided samples each; a column
-    `where` names the world. Empty for 0 problems. Left out: worlds without
-    known strategy-critical words (no testbed), and bases of another version of the testbed.
+    `where` names the world. Empty for 0 problems. Left out: worlds without known strategy-critical words (no testbed),
+    and bases of another version of the testbed.
     """
     frames = []
     for where in study.worlds if problems else ():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -16,45 +16,49 @@ SMOOTHED = 5
 _ABOVE, _BELOW, _OPEN = "#0072B2", "#D55E00", "#7F7F7F"
 
 
-def _colours(low: Sequence[float], high: Sequence[float]) -> list[str]:
-    return [_ABOVE if a > 0 else _BELOW if b < 0 else _OPEN for a, b in zip(low, high, strict=True)]
+def _colour(low: float, high: float) -> str:
+    return _ABOVE if low > 0 else _BELOW if high < 0 else _OPEN
 
 
-def differences(table: pd.DataFrame, title: str, unit: str = "test accuracy, difference to SGPO",
-                published: dict[str, float] | None = None) -> go.Figure:
-    """Differences to the reference with their intervals, one line per variant.
+def differences(table: pd.DataFrame, panels: Mapping[str, str], title: str,
+                published: Mapping[str, float] | None = None) -> go.Figure:
+    """Differences to the reference with their intervals: one line per variant, one panel per measure.
 
-    Columns method, seeds, difference, difference_low, difference_high. Blue: the interval lies above 0, orange:
-    below, grey: it holds 0.
-    `published`: variant -> the paper's difference, as an open diamond on the same scale.
+    `panels`: column of `Study.accuracy_table` -> panel title; columns method, seeds, and each with _low and _high.
+    Blue: the interval lies above 0, orange: below, grey: it holds 0. Without an interval (one seed) nothing is drawn.
+    `published`: variant -> the paper's difference, as an open diamond in the first panel.
     """
-    if empty := missing(table, ["method", "difference", "difference_low", "difference_high"], title):
-        return empty
-    rows = table.dropna(subset=["difference_low"]).rename(columns={"difference_low": "low", "difference_high": "high"})
-    labels = [f"{method_style(m)[0]} ({s} seeds)" for m, s in zip(rows["method"], rows["seeds"], strict=True)]
-    figure = go.Figure(layout={"template": template(), "title": {"text": title}, "height": 150 + 30 * len(rows),
-                               "hovermode": "closest"})
-    figure.add_vline(x=0, line={"color": "#9a9a9a", "width": 1.5})
-    groups = {_ABOVE: "above SGPO", _BELOW: "below SGPO", _OPEN: "interval holds 0"}
-    colours = _colours(list(rows["low"]), list(rows["high"]))
-    for colour, name in groups.items():
-        part = [i for i, c in enumerate(colours) if c == colour]
-        if part:
+    columns = [c for c in panels if c in table and table[f"{c}_low"].notna().any()]
+    if not columns:
+        return missing(table, ["method", *(f"{c}_low" for c in panels)], title) or go.Figure()
+    rows = table[table[[f"{c}_low" for c in columns]].notna().any(axis=1)]
+    labels = [f"{method_style(m)[0]}, {s} seeds" for m, s in zip(rows["method"], rows["seeds"], strict=True)]
+    figure = make_subplots(1, len(columns), shared_yaxes=True, horizontal_spacing=0.03,
+                           subplot_titles=[panels[c] for c in columns])
+    figure.update_layout(template=template(), title_text=title, height=190 + 26 * len(rows), hovermode="closest",
+                         margin={"t": 90}, legend={"y": -0.12})
+    figure.update_annotations(font_size=13)
+    names = {_ABOVE: "interval above 0", _BELOW: "interval below 0", _OPEN: "interval holds 0"}
+    for col, column in enumerate(columns, start=1):
+        low, high = rows[f"{column}_low"], rows[f"{column}_high"]
+        figure.add_vline(x=0, line={"color": "#9a9a9a", "width": 1.5}, row=1, col=col)
+        colours = [_colour(a, b) for a, b in zip(low, high, strict=True)]
+        for colour, name in names.items():
+            part = [i for i, c in enumerate(colours) if c == colour and not math.isnan(low.iloc[i])]
             told = rows.iloc[part]
             figure.add_trace(go.Scatter(
-                x=list(told["difference"]), y=[labels[i] for i in part], mode="markers", name=name,
-                marker={"size": 10, "color": colour}, hovertemplate="%{x:.3f}",
-                error_x={"type": "data", "symmetric": False, "array": list(told["high"] - told["difference"]),
-                         "arrayminus": list(told["difference"] - told["low"]), "thickness": 2, "width": 4,
-                         "color": colour}))
+                x=list(told[column]), y=[labels[i] for i in part], mode="markers", name=name, legendgroup=name,
+                showlegend=col == 1, marker={"size": 9, "color": colour}, hovertemplate="%{x:.3f}",
+                error_x={"type": "data", "symmetric": False, "array": list(high.iloc[part] - told[column]),
+                         "arrayminus": list(told[column] - low.iloc[part]), "thickness": 2, "width": 3,
+                         "color": colour}), 1, col)
     known = [((published or {})[m], label) for m, label in zip(rows["method"], labels, strict=True)
              if m in (published or {})]
     if known:
         figure.add_trace(go.Scatter(x=[v for v, _ in known], y=[label for _, label in known], mode="markers",
-                                    name="published (7B, benchmark average)",
-                                    marker={"size": 9, "symbol": "diamond-open", "color": "#222222"}))
-    figure.update_yaxes(categoryorder="array", categoryarray=labels, autorange="reversed", title_text="")
-    figure.update_xaxes(title_text=unit)
+                                    name="published difference (7B, mean of four benchmarks)",
+                                    marker={"size": 9, "symbol": "diamond-open", "color": "#222222"}), 1, 1)
+    figure.update_yaxes(categoryorder="array", categoryarray=labels, autorange="reversed")
     return figure
 
 
@@ -113,12 +117,13 @@ def pointing(tokens: pd.DataFrame) -> go.Figure:
     return figure
 
 
-def sweeps(table: pd.DataFrame, title: str = "One field at a time: test accuracy") -> go.Figure:
-    """Small multiples of test accuracy over the values of single fields.
+def sweeps(table: pd.DataFrame, column: str = "speed_difference",
+           title: str = "One field at a time: mean accuracy while training, minus SGPO's") -> go.Figure:
+    """Small multiples of a difference to the reference over the values of single fields (`Study.sweep_table`).
 
-    Columns field, value (text), test, test_low, test_high, seeds; the paper's value is marked by `paper` (bool).
+    The paper's value stands at 0, in orange.
     """
-    if empty := missing(table, ["field", "value", "test"], title):
+    if empty := missing(table, ["field", "value", column], title):
         return empty
     fields = list(dict.fromkeys(table["field"]))
     columns = min(3, len(fields))
@@ -129,13 +134,15 @@ def sweeps(table: pd.DataFrame, title: str = "One field at a time: test accuracy
     for place, field in enumerate(fields):
         row, col = place // columns + 1, place % columns + 1
         for paper, name, colour in ((True, "the paper's value", "#D55E00"), (False, "other values", "#0072B2")):
-            part = table[(table["field"] == field) & (table["paper"] == paper)]
+            part = table[(table["field"] == field) & (table["paper"] == paper)].fillna({column: 0.0})
+            bars = {} if paper else {"error_y": {
+                "type": "data", "symmetric": False, "array": list(part[f"{column}_high"] - part[column]),
+                "arrayminus": list(part[column] - part[f"{column}_low"]), "thickness": 1.5, "width": 4}}
             figure.add_trace(go.Scatter(
-                x=list(part["value"]), y=list(part["test"]), mode="markers", name=name, legendgroup=name,
-                showlegend=place == 0, marker={"size": 9, "color": colour},
-                error_y={"type": "data", "symmetric": False, "array": list(part["test_high"] - part["test"]),
-                         "arrayminus": list(part["test"] - part["test_low"]), "thickness": 1.5, "width": 4}), row, col)
+                x=list(part["value"]), y=list(part[column]), mode="markers", name=name, legendgroup=name,
+                showlegend=place == 0, marker={"size": 9, "color": colour}, **bars), row, col)
         order = list(table.loc[table["field"] == field, "value"])
+        figure.add_hline(y=0, line={"color": "#9a9a9a", "width": 1}, row=row, col=col)
         figure.update_xaxes(type="category", categoryorder="array", categoryarray=order, row=row, col=col)
     return figure
 

@@ -50,7 +50,8 @@ def series(method: str, e: float) -> dict[str, list[float]]:
         entropy = [1.0, 1 + 9 * e, 1.0, 1.0]
     elif method == "sft_grpo":
         entropy = [1 - 9 * e, 1.0, 1.0, 1 + 3 * e]
-    return {"reward_autonomous": reward, "entropy": entropy, "response_length": length, "alpha": alpha}
+    return {"reward_autonomous": reward, "entropy": entropy, "response_length": length, "alpha": alpha,
+            "reward_guided": [0.5] * 4}
 
 
 def made_up_study(root: Path, sign: int) -> Study:
@@ -63,6 +64,10 @@ def made_up_study(root: Path, sign: int) -> Study:
                             [*ahead, *train_rows(**series("sgpo", e))], steps=8))
         runs += [made_up(root, m, seed, [0.5, 0.4], [0.5], [*flat, *train_rows(**series(m, e))], steps=8)
                  for m in OTHERS]
+        for method, level in (("sgpo", 2 * e), ("no_grpo", e), ("no_adaptive_weight", e)):  # live: e, 0, 0
+            guided = train_rows(reward_guided=[0.5 - 9 * e, 0.5, 0.5, 0.5 + e])
+            runs.append(made_up(root, method, seed, [0.5 + level, 0.4 + level], [0.5 - level], guided, steps=8,
+                                guided_side="frozen"))
         runs.append(made_up(root, "base", seed, [0.25, 0.15], [0.2]))
         # the gain on the weaker base is smaller by e
         runs += [made_up(root, "base", seed, [0.0, 0.0], source="tiny-s"),
@@ -119,15 +124,15 @@ def test_published_differences_stand_beside_the_right_parts(told):
 def test_every_part_is_turned_as_its_claim_expects(told):
     sign, rows = told
     word = {1: HOLDS, -1: FAILS, 0: OPEN}
-    assert set(rows["claim"]) == set(CLAIMS) == set(range(1, 12))
+    assert set(rows["claim"]) == set(CLAIMS) == set(range(1, 13))
     for row in rows.itertuples():
         expected = word[-sign if row.measure == UNSEEN else sign]
         assert row.verdict == expected, (row.claim, row.part, row.measure, row.difference, row.low, row.high)
         assert row.seeds == 3
     counted = rows[rows["counted"]].groupby("claim").size().to_dict()
     # unseen families double 1, 3, 8, 9 and 10; 8 has the AUC and two falls; 4: four curves; 5: two; 6: two, since
-    # the traces of the testbed have one length
-    assert counted == {1: 8, 2: 1, 3: 12, 4: 4, 5: 2, 6: 2, 7: 1, 8: 5, 9: 2, 10: 4, 11: 1}
+    # the traces of the testbed have one length; 12: three guided pass rates, two accuracies
+    assert counted == {1: 8, 2: 1, 3: 12, 4: 4, 5: 2, 6: 2, 7: 1, 8: 5, 9: 2, 10: 4, 11: 1, 12: 5}
     assert (rows[rows["claim"] == 4]["part"].tolist()) == [
         "w/o autonomous GRPO − GRPO (8 samples)", "SGPO − w/o autonomous GRPO", "SGPO − w/o autonomous GRPO",
         "SGPO − w/o proximal constraints"]
@@ -147,6 +152,7 @@ def test_differences_by_hand(told):
         (5, "mean accuracy while training", True): e, (6, "entropy, all steps (nats)", True): 7 * e / 4,
         (6, "response length, first half (tokens)", False): e, (6, "pass rate, first half", True): e,
         (7, "mean alpha(q)", True): e, (9, SEEN, True): e, (10, SEEN, True): e, (11, "mean alpha(q)", True): e,
+        (12, "guided pass rate, last quarter", True): e, (12, SEEN, True): e, (12, UNSEEN, False): -e,
         (8, "nats per token", True): float(sign), (8, "AUC", True): sign * 0.8}
     # SFT losses (sign 1) 3.9, 2.9, 1.9 against 4.1, 3.1, 2.1, 5, 5: 3 of 15 pairs, an AUC of .2; the KL's is 1
     assert {k: found[k] for k in expected} == pytest.approx(expected)
@@ -235,7 +241,7 @@ def test_competence_is_skill_and_gains_are_paired(tmp_path, monkeypatch):
     # .2 - .5, .1 - .3, .3 - .1: mean -.1
     assert by_accuracy["difference"].iloc[0] == pytest.approx(-0.1) and by_accuracy["seeds"].iloc[0] == 3
     skill = {"tiny": 0.9, "tiny-l": 0.8, "tiny-s": 0.7}
-    monkeypatch.setattr(claims, "forks", lambda run: (0.0, skill[run.config.model.source]))
+    monkeypatch.setattr(claims, "skill", lambda run: skill[run.config.model.source])
     by_skill = evidence(study).set_index("claim").loc[2]
     assert by_skill["part"] == "gain of SGPO on tiny − gain on tiny-l" and by_skill["difference"] == pytest.approx(0.1)
     gains = np.array([[0.3, 0.3], [0.2, 0.2], [-0.2, -0.2]])

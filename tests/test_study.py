@@ -12,11 +12,12 @@ from run_folders import eval_rows, made_up, train_rows
 
 from sgpo_lib import study as module
 from sgpo_lib.comparison import accuracy_differences, bootstrap_interval, mean_metric, paired_interval
-from sgpo_lib.frames import one_setting_each, variant, world
+from sgpo_lib.config import to_yaml
+from sgpo_lib.frames import one_setting_each, setting, variant, world
 from sgpo_lib.problems import load
 from sgpo_lib.recipes import METHODS, from_parameters
 from sgpo_lib.runs import Run
-from sgpo_lib.study import Study, end_accuracy, forks, speed
+from sgpo_lib.study import Study, choice, end_score, skill, speed
 
 T1, T2 = 12.706, 4.303
 """0.975 quantiles of Student's t with 1 and 2 degrees of freedom."""
@@ -75,20 +76,36 @@ def test_worlds_are_never_mixed(tmp_path):
 def test_the_setting_with_most_seeds_is_taken_and_the_rest_is_told(tmp_path):
     kept = [made_up(tmp_path, "sgpo", s, [0.5]) for s in (0, 1)]
     kept += [made_up(tmp_path, "grpo8", s, [0.5], lr=1e-3) for s in (2, 0, 1)]
-    fewer = [made_up(tmp_path, "grpo8", s, [1.0], steps=80) for s in (0, 1)]
+    fewer = [made_up(tmp_path, "grpo8", s, [1.0], lr=2e-3) for s in (0, 1)]
+    longer = [made_up(tmp_path, "grpo8", s, [1.0], steps=80) for s in range(5)]
     lonely = made_up(tmp_path, "hpt", 0, [0.5], problem_args={"level": "easy"})
     open_, failed = (made_up(tmp_path, m, 9, [0.5], done=False) for m in ("luffy", "hpt"))
     failed.fail(RuntimeError("out of memory"))
-    study = Study([*fewer, *kept, lonely, open_, failed])
+    study = Study([*fewer, *kept, *longer, lonely, open_, failed])
     assert {r.folder.name for r in study.worlds["tiny"]} == {r.folder.name for r in kept}
     assert [r.config.seed for r in one_setting_each([*kept, *fewer])] == [0, 1, 0, 1, 2]
-    assert set(study.left_out) == {r.folder.name for r in (*fewer, lonely, open_, failed)}
+    assert set(study.left_out) == {r.folder.name for r in (*fewer, *longer, lonely, open_, failed)}
     assert study.left_out[open_.folder.name] == "not finished (stopped)"
     assert study.left_out[failed.folder.name] == "not finished (failed)"
     assert study.left_out[lonely.folder.name] == "no finished 'sgpo' run beside it"
     assert all("another setting" in study.left_out[r.folder.name] for r in fewer)
+    assert {study.left_out[r.folder.name] for r in longer} == {"other number of steps than sgpo has here"}
     longer = [made_up(tmp_path, "no_grpo", 0, [1.0], steps=n) for n in (80, 20)]  # as many seeds: more steps win
     assert [r.config.train.steps for r in one_setting_each(longer)] == [80]
+
+
+def test_warm_ups_that_differ_in_seed_alone_make_one_setting(tmp_path, monkeypatch):
+    monkeypatch.setenv("SGPO_RUNS", str(tmp_path))
+    starts = [made_up(tmp_path, "sft", s, steps=10) for s in (0, 1)]
+    longer = made_up(tmp_path, "sft", 0, steps=20)
+    for run in (*starts, longer):
+        (run.folder / "config.yaml").write_text(to_yaml(run.config))
+    runs = [made_up(tmp_path, "sgpo", s, [0.5], init_from=r.folder.name) for s, r in enumerate(starts)]
+    other = made_up(tmp_path, "sgpo", 2, [0.5], init_from=longer.folder.name)
+    gone = made_up(tmp_path, "sgpo", 3, [0.5], init_from="no-such-run")
+    settings = [setting(r.config) for r in (*runs, other, gone)]
+    assert settings[0] == settings[1] and len(set(settings)) == 3
+    assert set(Study([*runs, other]).left_out) == {other.folder.name}
 
 
 def test_no_reference_is_refused_by_name(tmp_path):
@@ -147,10 +164,10 @@ def test_means_over_a_part_of_the_steps(tmp_path):
     assert mean_metric(run, "entropy", last=0.5) == 1.5 and mean_metric(run, "entropy") == 3.75
     assert math.isnan(mean_metric(run, "alpha")) and math.isnan(mean_metric(run, "entropy", "eval"))
     assert speed(run) == 3.0, "the evaluation before training does not count"
-    assert end_accuracy(run) == pytest.approx(11 / 3)
+    assert end_score(run) == pytest.approx(11 / 3)
     supervised = made_up(tmp_path, "sft", 0, rows=eval_rows(2.0, 0.5, 0.7, metric="validation_loss"))
-    assert end_accuracy(supervised) == -0.5 and math.isnan(speed(supervised))
-    assert math.isnan(end_accuracy(made_up(tmp_path, "sft", 1)))
+    assert end_score(supervised) == -0.5 and math.isnan(speed(supervised))
+    assert math.isnan(end_score(made_up(tmp_path, "sft", 1)))
     epochs = made_up(tmp_path, "sgpo", 1, epochs=2.0, steps=60, rows=train_rows(entropy=[1, 2, 4, 8]),
                      summary={"steps": 8})
     assert mean_metric(epochs, "entropy", first=0.75) == 8, "epochs decide the steps, not the field"
@@ -184,10 +201,9 @@ def test_choice_and_skill_of_forks(tmp_path):
     row = {"problem_id": first.id, "samples": 3, "correct": 1, "responses": [first.solution, wrong, steps[0] + " ;"]}
     (run.folder / "evaluation" / "test.jsonl").write_text(json.dumps(row))
     # choice: 3 + 3 + 1 of 9. Skill: 3, then 1 (the third step; the second goes on from 98), then 1
-    choice, skill = forks(run)
     expected = [r for text in row["responses"] for r in module.testbed.read_trace(first, text)]
-    assert choice == pytest.approx(7 / 9) and skill == pytest.approx(sum(r.skill for r in expected) / 9)
-    assert 4 / 9 <= skill <= 5 / 9 and math.isnan(forks(run, "transfer")[0])
+    assert choice(run) == pytest.approx(7 / 9) and skill(run) == pytest.approx(sum(r.skill for r in expected) / 9)
+    assert 4 / 9 <= skill(run) <= 5 / 9
     gone = made_up(tmp_path, "sgpo", 1, [0.5], n_test=2, n_train=4, n_validation=0)
     row_of_both = Study([run, gone]).accuracy_table().iloc[0]
     assert row_of_both["choice"] == pytest.approx(7 / 9), "a seed without readable forks is left out"
@@ -199,16 +215,18 @@ def test_sweeps(tmp_path):
     all_runs = [*runs({0: 0.5, 1: 0.6, 2: 0.9}), *runs({0: 0.4, 1: 0.5}, kl_delta=10.0),
                 *runs({0: 0.6, 1: 0.6}, kl_delta=2.0), *runs({0: 0.1}, g1=10, g2=2), *runs({0: 0.2}, g1=6, g2=6),
                 *runs({0: 0.3}, updates_per_batch=2), *runs({0: 0.0}, kl_delta=0.5, alpha_max=0.4),
+                *runs({0: 0.3}, kl_delta=2.0, guided_side="frozen"), made_up(tmp_path, "no_kl_clip", 0, [0.2]),
                 made_up(tmp_path, "grpo8", 0, [0.0], g1=4), made_up(tmp_path, "grpo8", 0, [0.0])]
     table = Study(all_runs).sweep_table()
     assert list(zip(table["field"], table["value"], table["paper"], strict=True)) == [
         ("g1:g2", "6:6", False), ("g1:g2", "8:4", True), ("g1:g2", "10:2", False),
-        ("kl_delta", "1.0", True), ("kl_delta", "2.0", False), ("kl_delta", "10.0", False),
+        ("kl_delta", "1", True), ("kl_delta", "2", False), ("kl_delta", "10", False), ("kl_delta", "inf", False),
         ("updates_per_batch", "1", True), ("updates_per_batch", "2", False)]
     rows = table.set_index(["field", "value"])
-    assert rows.loc[("kl_delta", "10.0"), "difference"] == pytest.approx(-0.1), "over the seeds that both have"
-    assert rows.loc[("kl_delta", "1.0"), "test"] == pytest.approx(2 / 3) and rows.loc[("kl_delta", "1.0"), "seeds"] == 3
-    assert rows["test"].loc[[("g1:g2", "10:2"), ("g1:g2", "8:4")]].tolist() == pytest.approx([0.1, 2 / 3])
+    assert rows.loc[("kl_delta", "10"), "difference"] == pytest.approx(-0.1), "over the seeds that both have"
+    assert math.isnan(rows.loc[("kl_delta", "1"), "difference"]) and rows.loc[("kl_delta", "1"), "seeds"] == 3
+    assert rows["difference"].loc[[("g1:g2", "10:2"), ("kl_delta", "inf")]].tolist() == pytest.approx([-0.4, -0.3])
+    assert "sgpo guided_side=frozen kl_delta=2.0" not in set(table["method"])
     empty = Study(all_runs[:3]).sweep_table()
     assert isinstance(empty, pd.DataFrame) and empty.empty and "difference" in empty
 
@@ -224,7 +242,7 @@ def test_learning_rates_over_common_seeds(tmp_path):
     for order in ([*runs, *other], [*other, *runs]):
         table = Study([*order]).learning_rates()
         assert list(table["method"]) == ["sgpo"] * 3 and list(table["lr"]) == [2e-4, 4e-4, 8e-4]
-        assert list(table["seeds"]) == [2, 2, 2] and list(table["accuracy"]) == pytest.approx([0.1, 0.3, 0.4])
+        assert list(table["seeds"]) == [2, 2, 2] and list(table["score"]) == pytest.approx([0.1, 0.3, 0.4])
         # 4e-4 and 2e-4 have three seeds each; equal steps: the newer folder is taken
         assert list(table["best"]) == [False, False, True] and table["used"].sum() == 1 and not table["used"].iloc[2]
 

@@ -30,18 +30,24 @@ def test_differences_are_coloured_by_the_sign_of_their_interval():
                           ("no_grpo", 2, 0.1, 0.0, 0.2), ("sft", 2, -0.1, -0.2, 0.0),
                           ("no_kl_clip", 1, 0.9, math.nan, math.nan)],
                          columns=["method", "seeds", "difference", "difference_low", "difference_high"])
-    figure = differences(table, "title", published={"hpt": -0.022, "no_kl_clip": 0.5, "base": 0.1})
-    traces = {t.name: t for t in figure.data}
-    above, below, open_ = (traces[n] for n in ("above SGPO", "below SGPO", "interval holds 0"))
+    for column in ("low", "high", ""):
+        name = f"transfer_difference_{column}".rstrip("_")
+        table[name] = [math.nan] * 5 + [{"low": 0.1, "high": 0.3, "": 0.2}[column]]
+    panels = {"difference": "test", "transfer_difference": "unseen", "speed_difference": "not there"}
+    figure = differences(table, panels, "title", published={"hpt": -0.022, "base": 0.1})
+    assert [a.text for a in figure.layout.annotations] == ["test", "unseen"]
+    first = {t.name: t for t in figure.data if t.xaxis == "x"}
+    above, below, open_ = (first[f"interval {n} 0"] for n in ("above", "below", "holds"))
     assert (above.marker.color, below.marker.color, open_.marker.color) == (BLUE, ORANGE, GREY)
-    assert list(above.y) == ["HPT (12 samples) (3 seeds)"] and list(below.y) == ["GRPO (8 samples) (5 seeds)"]
-    assert list(open_.x) == [0.1, 0.1, -0.1], "an end at 0 still holds 0"
+    assert list(above.y) == ["HPT (12 samples), 3 seeds"] and list(below.y) == ["GRPO (8 samples), 5 seeds"]
+    assert list(open_.x) == [0.1, 0.1, -0.1], "an end at 0 still holds 0; no interval, no point"
     assert list(above.error_x.array) == pytest.approx([0.2]) and list(above.error_x.arrayminus) == pytest.approx([0.1])
+    (second,) = (t for t in figure.data if t.xaxis == "x2" and len(t.x))
+    assert list(second.y) == ["w/o KL clipping, 1 seeds"] and list(second.x) == [0.2] and not second.showlegend
     (published,) = (t for t in figure.data if t.marker.symbol == "diamond-open")
     assert list(published.x) == [-0.022] and list(published.y) == list(above.y)
-    assert len(figure.layout.yaxis.categoryarray) == 5 and len(figure.data) == 4
-    assert len(differences(table, "title").data) == 3
-    assert "Nothing to show" in text_of(differences(table.iloc[5:], "title"))
+    assert len(figure.layout.yaxis.categoryarray) == 6
+    assert "Nothing to show" in text_of(differences(table.iloc[5:], {"difference": "test"}, "title"))
 
 
 def test_smoothing_by_hand():
@@ -78,14 +84,16 @@ def test_pointing_is_a_mean_over_problems():
 
 
 def test_sweeps_keep_the_order_of_the_table():
-    table = pd.DataFrame([("kl_delta", "0.25", False, 0.4, 0.3, 0.5), ("kl_delta", "1.0", True, 0.5, 0.4, 0.7),
-                          ("kl_delta", "10.0", False, 0.2, 0.1, 0.3), ("g1:g2", "8:4", True, 0.5, 0.4, 0.7)],
-                         columns=["field", "value", "paper", "test", "test_low", "test_high"])
+    table = pd.DataFrame([("kl_delta", "0.25", False, 0.4, 0.3, 0.6), ("kl_delta", "1", True, *[math.nan] * 3),
+                          ("kl_delta", "inf", False, -0.2, -0.3, -0.1), ("g1:g2", "8:4", True, *[math.nan] * 3)],
+                         columns=["field", "value", "paper", *(f"speed_difference{e}" for e in ("", "_low", "_high"))])
     figure = sweeps(table)
-    assert list(figure.layout.xaxis.categoryarray) == ["0.25", "1.0", "10.0"] and figure.layout.xaxis.type == "category"
+    assert list(figure.layout.xaxis.categoryarray) == ["0.25", "1", "inf"] and figure.layout.xaxis.type == "category"
     paper, others = figure.data[:2]
-    assert list(paper.x) == ["1.0"] and list(others.x) == ["0.25", "10.0"] and list(others.y) == [0.4, 0.2]
-    assert list(paper.error_y.array) == pytest.approx([0.2]) and list(paper.error_y.arrayminus) == pytest.approx([0.1])
+    assert list(paper.x) == ["1"] and list(paper.y) == [0.0] and paper.error_y.array is None
+    assert list(others.x) == ["0.25", "inf"] and list(others.y) == [0.4, -0.2]
+    assert list(others.error_y.array) == pytest.approx([0.2, 0.1])
+    assert list(others.error_y.arrayminus) == pytest.approx([0.1, 0.1])
     assert [t.showlegend for t in figure.data] == [True, True, False, False]
     assert "Nothing to show" in text_of(sweeps(table.iloc[:0]))
 
