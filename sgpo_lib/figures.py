@@ -35,6 +35,8 @@ METHODS = {  # name: label, colour, dash
     "reverse_kl": ("reverse KL", "#6699CC", "dot"),
     "group_advantage_weight": ("group-advantage weight", "#44AA99", "longdashdot"),
     "sgpo guided_side=frozen": ("SGPO, frozen guided side (ours)", "#000000", "dash"),
+    "no_adaptive_weight guided_side=frozen": ("alpha = 1, frozen guided side (ours)", "#6A51A3", "dot"),
+    "no_grpo guided_side=frozen": ("w/o autonomous GRPO, frozen guided side (ours)", "#DD77AA", "dot"),
     "sgpo guided_side=ema ema_decay=0.95": ("SGPO, averaged guided side (ours)", "#555555", "dashdot"),
 }
 """Label, colour and dash of the named methods and two variants; others take what is left."""
