@@ -168,8 +168,9 @@ class Study:
                  for field in dict.fromkeys(str(r["field"]) for r in rows)]
         rows.sort(key=lambda r: (str(r["field"]), *(float(v) for v in str(r["value"]).split(":"))))
         kept = ["seeds", *_ends("difference"), *_ends("transfer_difference"), *_ends("speed_difference")]
-        return pd.DataFrame([{**r, **table.loc[str(r["method"]), kept].to_dict()} for r in rows],
+        told = pd.DataFrame([{**r, **table.loc[str(r["method"]), kept].to_dict()} for r in rows],
                             columns=["field", "value", "paper", "method", *kept])
+        return told.astype({"seeds": int})
 
     def world_table(self, methods: Sequence[str]) -> pd.DataFrame:
         """`accuracy_table` of every world, for the given variants, with a column `where`."""
