@@ -279,12 +279,13 @@ def _bad(study: Study) -> list[Part]:
         gaps = [mean_interval(row["alpha_good"] - row["alpha_bad"] for row in r.metrics("train")
                               if {"alpha_good", "alpha_bad"} <= set(row))[0] for r in runs]  # alpha falls: same steps
         label = f"{kind} strategies for {float(share):.0%} of the problems"
-        parts += [Part(11, f"{label}: alpha of the others − alpha of these", "mean alpha(q)",
-                       _told(gaps)),
+        parts += [Part(11, f"{label}: alpha of the others − alpha of these", "mean alpha(q)", _told(gaps)),
                   Part(11, f"{label}: SGPO with them − GRPO (8 samples)", SEEN,
                        study.difference(name, "grpo8"), None, False),
                   Part(11, f"{label}: SGPO with them − SGPO without", SEEN,
-                       study.difference(name, "sgpo"), None, False)]
+                       study.difference(name, "sgpo"), None, False),
+                  Part(11, f"{label}: SGPO with them − SGPO without", "mean accuracy while training",
+                       study.number(name, "sgpo", speed), None, False)]
     return parts
 
 
@@ -299,6 +300,10 @@ def _frozen(study: Study) -> list[Part]:
                   Part(12, text, "skill on test problems", study.number(frozen, name, skill), None, False),
                   Part(12, text, SEEN, study.difference(frozen, name), None, name != "sgpo"),
                   Part(12, text, UNSEEN, study.difference(frozen, name, "transfer"), None, False)]
+        for where in list(study.worlds)[1:]:
+            parts += [Part(12, text, SEEN, study.difference(frozen, name, where=where), None, False, where),
+                      Part(12, text, "skill on test problems", study.number(frozen, name, skill, where), None, False,
+                           where)]
     return parts
 
 
