@@ -25,7 +25,7 @@ from sgpo_lib.config import ModelConfig
 from sgpo_lib.figures import mean_interval, method_style
 from sgpo_lib.frames import world
 from sgpo_lib.runs import Run
-from sgpo_lib.study import Study, Told, final_accuracy, skill, speed
+from sgpo_lib.study import Study, Told, choice, final_accuracy, skill, speed
 
 PUBLISHED: dict[str, float] = {
     "base": 42.2, "sgpo": 52.1, "sft_grpo": 49.9, "no_distillation": 49.9, "no_grpo": 48.6, "no_proximal": 45.3,
@@ -290,16 +290,23 @@ def _bad(study: Study) -> list[Part]:
 
 
 def _frozen(study: Study) -> list[Part]:
-    """The live guided side (Eq. 3) against one that stays as training began."""
+    """The live guided side (Eq. 3) against one that stays as training began. Training samples at another temperature
+    than the tests, so that a collapse has to be mended at both."""
     def late(run: Run) -> float:
         return mean_metric(run, "reward_guided", first=0.75)
+
+    def unguided(run: Run) -> float:
+        return mean_metric(run, "reward_autonomous", first=0.75)
     parts = []
     for name in ("sgpo", "no_grpo", "no_adaptive_weight"):
         frozen, text = f"{name} guided_side=frozen", f"{_name(name)}: frozen − live guided side"
         parts += [Part(12, text, "guided pass rate, last quarter", study.number(frozen, name, late)),
                   Part(12, text, "skill on test problems", study.number(frozen, name, skill), None, False),
+                  Part(12, text, "choice on test problems", study.number(frozen, name, choice), None, False),
                   Part(12, text, SEEN, study.difference(frozen, name), None, name != "sgpo"),
-                  Part(12, text, UNSEEN, study.difference(frozen, name, "transfer"), None, False)]
+                  Part(12, text, "pass rate in training, last quarter", study.number(frozen, name, unguided), None,
+                       name != "sgpo"),
+                  Part(12, text, UNSEEN, study.difference(frozen, name, "transfer"))]
         for where in list(study.worlds)[1:]:
             parts += [Part(12, text, SEEN, study.difference(frozen, name, where=where), None, False, where),
                       Part(12, text, "skill on test problems", study.number(frozen, name, skill, where), None, False,

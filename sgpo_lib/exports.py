@@ -20,6 +20,10 @@ from sgpo_lib.static_images import write_image
 
 _LATEX = {"&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "$": r"\$", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
           "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "−": "$-$", "–": "--", "α": r"$\alpha$"}
+_HEADS = {"test": "test accuracy", "transfer": "unseen families", "transfer_difference": "unseen families, difference",
+          "speed": "mean accuracy while training", "speed_difference": "while training, difference",
+          "published": "published (points)"}
+"""Column -> head for reading."""
 DASH = "–"
 """Stands for a number that there is not."""
 
@@ -62,7 +66,7 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
             values = [v.item() if hasattr(v, "item") else v for v in table[column]]
             out[column] = [f"{v:g}" for v in values] if column == "lr" else [
                 number(v, 1 if column == "published" else 3) for v in values]
-    return pd.DataFrame(out)
+    return pd.DataFrame(out).rename(columns=_HEADS)
 
 
 def markdown(table: pd.DataFrame) -> str:
@@ -74,13 +78,13 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def latex(table: pd.DataFrame, caption: str) -> str:
-    """A booktabs table of a frame of texts; every special character is escaped."""
+    """A booktabs longtable (it may run over pages) of a frame of texts; every special character is escaped."""
     def cell(text: object) -> str:
         return re.sub(r"[&%#_$~^\\{}−–α]", lambda m: _LATEX[m.group()], str(text))
     rows = "".join(" & ".join(cell(c) for c in row) + " \\\\\n" for row in table.itertuples(index=False))
     head = " & ".join(cell(c) for c in table.columns)
-    return (f"\\begin{{table}}\n\\caption{{{cell(caption)}}}\n\\begin{{tabular}}{{{'l' * len(table.columns)}}}\n"
-            f"\\toprule\n{head} \\\\\n\\midrule\n{rows}\\bottomrule\n\\end{{tabular}}\n\\end{{table}}\n")
+    return (f"\\begin{{longtable}}{{{'l' * len(table.columns)}}}\n\\caption{{{cell(caption)}}} \\\\\n"
+            f"\\toprule\n{head} \\\\\n\\midrule\n\\endhead\n{rows}\\bottomrule\n\\end{{longtable}}\n")
 
 
 def write_exports(folder: Path, tables: Mapping[str, tuple[str, pd.DataFrame]],

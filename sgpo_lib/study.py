@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from sgpo_lib import comparison, testbed
-from sgpo_lib.analysis import token_table
+from sgpo_lib.analysis import selectivity, token_table
 from sgpo_lib.comparison import mean_metric
 from sgpo_lib.config import RunConfig
 from sgpo_lib.figures import mean_interval, methods_of
@@ -308,3 +308,16 @@ def base_tokens(study: Study, problems: int) -> pd.DataFrame:
             judge_groups(model.verifier, groups)
         frames.append(token_table(model.policy, groups, testbed.fork_words()).assign(where=where))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+
+def token_summary(tokens: pd.DataFrame) -> pd.DataFrame:
+    """`analysis.selectivity` by world, over all tokens of `base_tokens`; with the share of fork words above 1 and 2
+    nats, and the mean divergence of a response's first token where it opens before the first step."""
+    rows = []
+    for where, part in tokens.groupby("where", sort=False) if len(tokens) else ():
+        forks, first = part[part["critical"]], part.groupby("response").head(1)
+        rows.append({"where": where, "responses": part["response"].nunique(),
+                     **selectivity(part, part["critical"].tolist()), "forks_above_1": float((forks["kl"] > 1).mean()),
+                     "forks_above_2": float((forks["kl"] > 2).mean()),
+                     "opening_kl": float(first.loc[first["stage"] == 0, "kl"].mean())})
+    return pd.DataFrame(rows)

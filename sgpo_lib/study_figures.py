@@ -41,7 +41,6 @@ def differences(table: pd.DataFrame, panels: Mapping[str, str], title: str,
     names = {_ABOVE: "interval above 0", _BELOW: "interval below 0", _OPEN: "interval holds 0"}
     for col, column in enumerate(columns, start=1):
         low, high = rows[f"{column}_low"], rows[f"{column}_high"]
-        figure.add_vline(x=0, line={"color": "#9a9a9a", "width": 1.5}, row=1, col=col)
         colours = [_colour(a, b) for a, b in zip(low, high, strict=True)]
         for colour, name in names.items():
             part = [i for i, c in enumerate(colours) if c == colour and not math.isnan(low.iloc[i])]
@@ -52,6 +51,7 @@ def differences(table: pd.DataFrame, panels: Mapping[str, str], title: str,
                 error_x={"type": "data", "symmetric": False, "array": list(high.iloc[part] - told[column]),
                          "arrayminus": list(told[column] - low.iloc[part]), "thickness": 2, "width": 3,
                          "color": colour}), 1, col)
+        figure.add_vline(x=0, line={"color": "#555555", "width": 1.5}, row=1, col=col)
     known = [((published or {})[m], label) for m, label in zip(rows["method"], labels, strict=True)
              if m in (published or {})]
     if known:
@@ -62,16 +62,17 @@ def differences(table: pd.DataFrame, panels: Mapping[str, str], title: str,
     return figure
 
 
-def dynamics(metrics: pd.DataFrame, panels: Sequence[tuple[str, Sequence[str]]], title: str) -> go.Figure:
+def dynamics(metrics: pd.DataFrame, panels: Sequence[tuple[str, Sequence[str]]], title: str,
+             titles: Sequence[str] = ()) -> go.Figure:
     """Training metrics over steps side by side: mean over seeds with its 95% band, moving average over 5 steps.
 
-    `panels`: pairs of a metric and the variants shown for it.
+    `panels`: pairs of a metric and the variants shown for it. `titles`: of the panels, instead of their metrics' names.
     """
     if empty := missing(metrics, ["method", "step"], title, "train"):
         return empty
     train = metrics[metrics["kind"] == "train"]
     figure = make_subplots(1, len(panels), horizontal_spacing=0.09,
-                           subplot_titles=[LABELS.get(m, m) for m, _ in panels])
+                           subplot_titles=list(titles) or [LABELS.get(m, m) for m, _ in panels])
     figure.update_layout(template=template(), title_text=title, height=430, hovermode="closest", margin={"t": 90},
                          legend={"y": -0.22})
     figure.update_annotations(font_size=13)
@@ -127,7 +128,8 @@ def sweeps(table: pd.DataFrame, column: str = "speed_difference",
         return empty
     fields = list(dict.fromkeys(table["field"]))
     columns = min(3, len(fields))
-    figure = make_subplots(-(-len(fields) // columns), columns, subplot_titles=fields, vertical_spacing=0.2)
+    figure = make_subplots(-(-len(fields) // columns), columns, subplot_titles=fields, vertical_spacing=0.2,
+                           shared_yaxes="all")
     figure.update_layout(template=template(), title_text=title, height=120 + 230 * -(-len(fields) // columns),
                          hovermode="closest", margin={"t": 90})
     figure.update_annotations(font_size=13)

@@ -33,7 +33,8 @@ def test_readable_joins_intervals_and_names_variants():
         "test_high": [0.6, math.nan], "difference": [math.nan, -0.1], "low": [math.nan, -0.3], "high": [math.nan, 0.2],
         "published": [2.2, math.nan], "paper": [True, False], "lr": [4e-4, 1e-3], "speed_low": [0.1, 0.2]})
     shown = readable(table)
-    assert list(shown.columns) == ["method", "seeds", "test", "difference", "published", "paper", "lr", "speed_low"]
+    assert list(shown.columns) == [
+        "method", "seeds", "test accuracy", "difference", "published (points)", "paper", "lr", "speed_low"]
     assert shown.iloc[0].tolist() == ["SGPO", "5", "0.500 (0.400 to 0.600)", DASH, "2.2", "yes", "0.0004", "0.100"]
     assert shown.iloc[1].tolist() == ["SGPO, kl_delta=0.25", "3", DASH, "−0.100 (−0.300 to 0.200)", DASH, "no", "0.001",
                                       "0.200"]
@@ -46,9 +47,9 @@ def test_markdown_escapes_pipes():
 
 def test_latex_escapes_every_special_character():
     text = latex(pd.DataFrame({"50 %": [r"a_b & {c} $d # ^ ~ \e", "−0.5 – α"]}), "A & B_1")
-    assert text == ("\\begin{table}\n\\caption{A \\& B\\_1}\n\\begin{tabular}{l}\n\\toprule\n50 \\% \\\\\n\\midrule\n"
+    assert text == ("\\begin{longtable}{l}\n\\caption{A \\& B\\_1} \\\\\n\\toprule\n50 \\% \\\\\n\\midrule\n\\endhead\n"
                     r"a\_b \& \{c\} \$d \# \textasciicircum{} \textasciitilde{} \textbackslash{}e" " \\\\\n"
-                    "$-$0.5 -- $\\alpha$ \\\\\n\\bottomrule\n\\end{tabular}\n\\end{table}\n")
+                    "$-$0.5 -- $\\alpha$ \\\\\n\\bottomrule\n\\end{longtable}\n")
 
 
 @pytest.fixture

@@ -252,3 +252,16 @@ def test_no_tokens_without_problems_or_with_another_testbed(tmp_path):
     assert module.base_tokens(study, 0).empty
     older = Study([made_up(tmp_path, "sgpo", 0, [0.5], revision="00000000")])
     assert module.base_tokens(older, 3).empty
+
+
+def test_token_summary_by_hand():
+    """One response: an opening of 3 nats, forks of 0.5, 1.5 and 2.5, two other tokens; and one without an opening."""
+    rows = [("w", 0, 0, False, 3.0, 1.0), ("w", 0, 1, True, 0.5, 1.0), ("w", 0, 2, True, 1.5, 1.0),
+            ("w", 0, 3, True, 2.5, 1.0), ("w", 0, -1, False, 0.25, 0.0), ("w", 1, 1, False, 0.25, 0.0)]
+    table = pd.DataFrame(rows, columns=["where", "response", "stage", "critical", "kl", "sft_loss"])
+    told = module.token_summary(table).iloc[0]
+    assert (told["where"], told["responses"], told["opening_kl"]) == ("w", 2, 3.0)
+    assert told["forks_above_1"] == pytest.approx(2 / 3) and told["forks_above_2"] == pytest.approx(1 / 3)
+    # of nine pairs of a fork and another token the opening wins three; its share of the sum of 8 nats
+    assert told["kl_auc"] == pytest.approx(6 / 9) and told["kl_share"] == pytest.approx(4.5 / 8)
+    assert module.token_summary(pd.DataFrame()).empty
