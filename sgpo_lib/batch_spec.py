@@ -96,10 +96,10 @@ def load_batch(spec: Path, parallel: int | None = None, smoke: bool = False) -> 
     faults: list[str] = []
     jobs: list[Job] = []
     for group, entry in entries.items():
-        changes = (small.get(group) or {}) if smoke and small.get(group) is not False else {}
+        changes = small.get(group) if smoke else None
         try:
-            made = _expand(group, entry, changes, spec.parent, parallel)
-            jobs += made if not smoke or small.get(group) is not False else []
+            made = _expand(group, entry, changes or {}, spec.parent, parallel)
+            jobs += made if changes is not False else []
         except ValueError as error:
             faults.append(f"job {group!r}: {error}")
     if not faults:

@@ -126,17 +126,17 @@ def _name(variant: str) -> str:
     return method_style(variant)[0]
 
 
-def _accuracy(study: Study, claim: int, names: tuple[str, ...], ours: str = "sgpo") -> list[Part]:
-    """`ours` against each of `names`: both final accuracies count; speed and other worlds stand beside."""
+def _accuracy(study: Study, claim: int, names: tuple[str, ...]) -> list[Part]:
+    """SGPO against each of `names`: both final accuracies count; speed and other worlds stand beside."""
     parts = []
     for name in names:
-        text = f"{_name(ours)} − {_name(name)}"
+        text = f"SGPO − {_name(name)}"
         theirs = PUBLISHED.get("no_distillation" if name == "grpo8" else name)
-        known = None if theirs is None else PUBLISHED[ours] - theirs
-        parts.append(Part(claim, text, SEEN, study.difference(ours, name), known))
-        parts.append(Part(claim, text, "mean accuracy while training", study.number(ours, name, speed), None, False))
-        parts.append(Part(claim, text, UNSEEN, study.difference(ours, name, "transfer")))
-        parts += [Part(claim, text, SEEN, study.difference(ours, name, where=where), None, False, where)
+        known = None if theirs is None else PUBLISHED["sgpo"] - theirs
+        parts.append(Part(claim, text, SEEN, study.difference("sgpo", name), known))
+        parts.append(Part(claim, text, "mean accuracy while training", study.number("sgpo", name, speed), None, False))
+        parts.append(Part(claim, text, UNSEEN, study.difference("sgpo", name, "transfer")))
+        parts += [Part(claim, text, SEEN, study.difference("sgpo", name, where=where), None, False, where)
                   for where in list(study.worlds)[1:]]
     return parts
 
@@ -159,7 +159,6 @@ def _competence(study: Study) -> list[Part]:
             and all(r.summary.get("test") for r in study.runs("base", w).values()) and study.runs("base", w)]
     ranked = sorted(same, key=competence)
     parts = []
-    published = {("sgpo", 0): 9.9 - 6.7}
     for weaker, stronger in itertools.pairwise(ranked):
         for name in ("sgpo", "sft_grpo"):
             both = [study.runs(v, w) for w in (stronger, weaker) for v in (name, "base")]
@@ -169,7 +168,7 @@ def _competence(study: Study) -> list[Part]:
                 gain_SP = score_differences(a, base_a) - score_differences(b, base_b)
                 told = (*bootstrap_interval(gain_SP), len(gain_SP))
             parts.append(Part(2, f"gain of {_name(name)} on {stronger} − gain on {weaker}", SEEN, told,
-                              published.get((name, 0)), name == "sgpo", f"{stronger}; {weaker}"))
+                              9.9 - 6.7 if name == "sgpo" else None, name == "sgpo", f"{stronger}; {weaker}"))
     return parts
 
 

@@ -26,3 +26,22 @@ def runs_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SGPO_RUNS", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A freshly initialised model in a plain folder: fast, and enough for everything but learning."""
+    from sgpo_lib import tiny
+
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny.build_tokenizer()
+    tiny.build_model(tokenizer, 5).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards of `rewards_for_tests` can be named: the tests' folder is on the path, and the current one."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.chdir(Path(__file__).parent)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sgpo_lib import tiny, trainer
+from sgpo_lib import trainer
 from sgpo_lib.bases import base_source
 from sgpo_lib.config import DataConfig
 from sgpo_lib.objective import ProblemWork
@@ -213,20 +213,7 @@ def test_alpha_is_told_apart_for_spoiled_problems():
 # Runs -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """A freshly initialised model in a plain folder."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = tiny.build_tokenizer()
-    tiny.build_model(tokenizer, 5).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    monkeypatch.chdir(Path(__file__).parent)
+pytestmark = pytest.mark.usefixtures("importable")
 
 
 def small(base: Path, method: str = "sgpo", seed: int = 0, **overrides):

@@ -10,20 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sgpo_lib import tiny
 from sgpo_lib.recipes import METHODS, from_parameters
 from sgpo_lib.runs import CLOCK_PREFIXES, Run, load_run
 from sgpo_lib.trainer import train
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """A freshly initialised model in a plain folder: fast, and enough for everything but learning."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = tiny.build_tokenizer()
-    tiny.build_model(tokenizer, 5).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def small(base: Path, method: str = "sgpo", seed: int = 0, **overrides):
@@ -33,10 +22,7 @@ def small(base: Path, method: str = "sgpo", seed: int = 0, **overrides):
     return from_parameters("tiny", method, seed, **settings)
 
 
-@pytest.fixture(autouse=True)
-def importable(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    monkeypatch.chdir(Path(__file__).parent)
+pytestmark = pytest.mark.usefixtures("importable")
 
 
 SHORT = {"steps": 3, "max_new_tokens": 6, "eval_every": 0, "n_validation": 0, "n_test": 0}
