@@ -58,11 +58,15 @@ class DataConfig:
     """Problems, strategies and their split."""
 
     problems: str = "testbed"
-    """`testbed`, `reasoning-gym:NAME`, or the path of a JSONL file."""
+    """`testbed`, `collection`, `reasoning-gym:NAME`, `champ`, `hub:OWNER/NAME`, or a path: JSONL or Parquet."""
     problem_args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the source: a reasoning-gym data set's own parameters, or the testbed's."""
+    """Arguments of the source: a reasoning-gym data set's own parameters, the testbed's, or those of a hub data set
+    (`split`, `fields`, `subset`, `revision`)."""
     strategies: str = ""
-    """JSONL file with one strategy per problem id; empty takes those that come with the problems."""
+    """JSONL file with one strategy per problem id, for example of `sgpo extract`; empty takes those that come with the
+    problems."""
+    leaking_strategies: bool = False
+    """Also train on strategies of `strategies` that the leak check put in quarantine."""
     instruction: str = "Reason step by step and put the answer in \\boxed{}."
     """Ends the user turn of both prompts, after the problem."""
     guided_prompt: str = "Use this strategy:\n{strategy}\n\n{problem}"

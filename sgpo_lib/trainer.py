@@ -18,12 +18,13 @@ from typing import Any
 
 from sgpo_lib.config import RunConfig, override
 from sgpo_lib.objective import DIVERGENCES, ProblemWork, accumulate, autonomous_logp, plan
-from sgpo_lib.problems import load, normalised, require_solutions, require_strategies
+from sgpo_lib.problems import load, require_solutions, require_strategies
 from sgpo_lib.prompts import expert_text, prompt_ids, response_ids
 from sgpo_lib.records import Problem, RolloutGroup
 from sgpo_lib.rollouts.groups import judge_groups, rollout_rows, sample_groups
 from sgpo_lib.runs import Run, locked, open_run
 from sgpo_lib.session import FINAL, Session, open_session
+from sgpo_lib.sources.rows import normalised
 from sgpo_lib.strategies import is_spoiled
 from sgpo_lib.supervised import expert_rows, require_room, supervised_step, validation_loss
 from sgpo_lib.tracking import Tracker

@@ -18,12 +18,13 @@ from sgpo_lib.bases import base_source
 from sgpo_lib.config import DataConfig
 from sgpo_lib.objective import ProblemWork
 from sgpo_lib.policy import load_policy
-from sgpo_lib.problems import Splits, load, normalised
+from sgpo_lib.problems import Splits, load
 from sgpo_lib.prompts import guided_text
 from sgpo_lib.recipes import from_parameters
 from sgpo_lib.records import Problem, Rollout, RolloutGroup, Strategy, Verdict
 from sgpo_lib.runs import list_runs
 from sgpo_lib.session import Session, open_model
+from sgpo_lib.sources.rows import normalised
 from sgpo_lib.strategies import is_spoiled, leak_flags, spoiled
 from sgpo_lib.testbed_families import FAMILIES
 from sgpo_lib.trainer import step_metrics, train, transfer_problems

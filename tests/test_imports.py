@@ -20,7 +20,7 @@ MAX_LINES = 350
 ORDER = [
     "method_config", "config", "config_checks", "records", "prompts", "testbed_families", "testbed", "tiny", "recipes",
     "runs", "answers", "equivalence", "reward_worker",
-    "rewards", "strategies", "problems", "batching", "policy", "rollouts.interface",
+    "rewards", "strategies", "sources", "sources.rows", "sources.*", "sources.catalogue", "problems", "batching", "policy", "rollouts.interface",
     "rollouts", "rollouts.*", "losses.masked", "losses", "losses.grpo", "losses.*",
     "analysis", "evaluation", "bases", "guided_side", "session", "supervised", "tracking", "objective", "trainer",
     "frames", "figures", "static_marks", "static_axes", "static_images", "comparison", "study", "claims",

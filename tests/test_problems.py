@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from sgpo_lib import problems
 from sgpo_lib.config import DataConfig
 from sgpo_lib.problems import Splits, load, normalised, require_solutions, require_strategies
 from sgpo_lib.records import Problem, Strategy
+from sgpo_lib.sources import gym as gym_source
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 STRATEGY = {"problem_type": "Sum", "strategy": "Add", "steps": ["Read", "Add", "State"]}
@@ -187,16 +189,16 @@ def test_counts_that_cannot_be_are_refused(counts):
 
 def test_unknown_sources_and_arguments(tmp_path):
     message = error(DataConfig(problems="testbd"))
-    assert "data.problems: got 'testbd', expected 'testbed', 'reasoning-gym:NAME' or a JSONL file" in message
+    assert "data.problems: got 'testbd', expected 'testbed', 'collection', 'reasoning-gym:NAME'" in message
     assert "there is no file" in message
     assert "unknown testbed argument 'held_ot'. Did you mean 'held_out'?" in error(
         DataConfig(problem_args={"held_ot": "family"}))
     path = write(tmp_path / "p.jsonl", rows(3))
-    assert "got a=1, expected none for the file" in error(DataConfig(problems=str(path), problem_args={"a": 1}))
+    assert "got a=1, expected none for" in error(DataConfig(problems=str(path), problem_args={"a": 1}))
 
 
 def has_gym() -> bool:
-    return problems.importlib.util.find_spec("reasoning_gym") is not None
+    return importlib.util.find_spec("reasoning_gym") is not None
 
 
 @pytest.fixture
@@ -205,7 +207,7 @@ def gym() -> Any:
 
 
 def draw(name: str, n: int, **args: Any) -> list[Problem]:
-    return list(islice(problems._gym(name, args, 0), n))
+    return list(islice(gym_source.gym_problems(name, args, 0), n))
 
 
 def test_a_missing_package_is_named(monkeypatch):
@@ -251,7 +253,7 @@ def test_gym_problems_hold_what_training_needs(gym):
 
 def test_neighbouring_seeds_share_few_problems(gym):
     """reasoning-gym itself draws problem i from seed + i, so its seeds 0 and 1 share all but one."""
-    a, b = ({p.prompt for p in islice(problems._gym("chain_sum", {"min_digits": 4}, s), 300)} for s in (0, 1))
+    a, b = ({p.prompt for p in islice(gym_source.gym_problems("chain_sum", {"min_digits": 4}, s), 300)} for s in (0, 1))
     assert len(a & b) < 3
 
 
@@ -277,7 +279,7 @@ def test_chain_sum_solutions_are_right_line_by_line(gym, args):
 
 
 def test_chain_sum_solutions_read_as_agreed():
-    say = problems._gym_solution
+    say = gym_source._gym_solution
     assert say("chain_sum", {"expression": "4 + 3 - 2"}, "5") == "4 + 3 = 7. 7 - 2 = 5. The answer is \\boxed{5}."
     assert say("chain_sum", {"expression": "4 + 3"}, "7") == "4 + 3 = 7. The answer is \\boxed{7}."
     assert say("chain_sum", {"expression": "4 - -3"}, "7") == "4 - -3 = 7. The answer is \\boxed{7}."
@@ -287,7 +289,7 @@ def test_chain_sum_solutions_read_as_agreed():
 def test_gsm_symbolic_solutions_end_in_the_gold_answer(gym):
     for p in draw("gsm_symbolic", 150):
         assert p.solution.endswith(f"\n\\boxed{{{p.answer}}}") and "####" not in p.solution
-    say = problems._gym_solution
+    say = gym_source._gym_solution
     assert say("gsm_symbolic", {"answer_cot": "So 3.\n#### 3.0"}, "3") == "So 3.\n\\boxed{3}"
     assert say("gsm_symbolic", {"answer_cot": "So 3.\n#### 4"}, "3") == ""
     assert say("gsm_symbolic", {"answer_cot": "So 3."}, "3") == ""
@@ -315,7 +317,7 @@ def test_gym_scorers_take_the_stored_gold(gym, name):
 def test_strategy_templates_belong_to_data_sets_and_hold_no_digit(gym):
     from reasoning_gym.factory import DATASETS
 
-    templates = problems.strategy_templates()
+    templates = gym_source.strategy_templates()
     assert set(templates) <= set(DATASETS) and len(templates) >= 15 and "chain_sum" in templates
     for name, s in templates.items():
         lines = [s.problem_type, s.strategy, *s.steps]
@@ -349,7 +351,7 @@ def test_fields_of_a_file(tmp_path):
     ])  # fmt: skip
     splits = load(config(path))
     one, two, three = splits.test[0], splits.train[0], splits.validation[0]
-    assert (one.id, one.prompt, one.answer, one.meta, one.solution) == ("7", "One?", "1", {"level": 3, "a": [1]}, "")
+    assert (one.id, one.prompt, one.answer, one.meta, one.solution) == ("7", "One?", "1", {"level": 3, "a": [1], "at": "line 1"}, "")
     assert two.strategy == Strategy("Sum", "Add", ("Read", "Add", "State"))
     assert (two.family, two.solution) == ("f", "s")
     assert re.fullmatch("set-[0-9a-f]{12}", two.id)
