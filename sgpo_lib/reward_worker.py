@@ -22,7 +22,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
-from sgpo_lib.answers import exact
+from sgpo_lib.answers import exact, normalise
 from sgpo_lib.equivalence import BadGold, Node, Unparsed, matches, read, too_hard
 
 MEMORY_BYTES = 2 << 30
@@ -193,6 +193,17 @@ def _gold(gold: str) -> float:
     return 1.0
 
 
+def _decimal(text: str) -> str:
+    """Real value of a constant in 30 digits; "" for anything else."""
+    import sympy
+
+    value = _value(_expression(normalise(text), Unparsed), Unparsed)
+    if not isinstance(value, sympy.Expr) or value.free_symbols:
+        return ""
+    number = sympy.N(value, 30)
+    return str(number) if number.is_real and number.is_finite else ""
+
+
 def _gym(name: str, entry: dict[str, Any], answer: str) -> float:
     return float(_gym_dataset(name).score_answer(answer, entry))
 
@@ -216,7 +227,7 @@ def _user(reward: str, completion: str, problem: dict[str, Any]) -> float:
     return float(value)
 
 
-_TASKS: dict[str, Callable[..., float]] = {"math": _math, "gold": _gold, "gym": _gym, "user": _user}
+_TASKS: dict[str, Callable[..., Any]] = {"math": _math, "gold": _gold, "decimal": _decimal, "gym": _gym, "user": _user}
 
 
 def start(directory: str, modules: list[str]) -> None:
@@ -234,7 +245,8 @@ def start(directory: str, modules: list[str]) -> None:
 
 
 def work(kind: str, arguments: tuple[Any, ...]) -> Outcome:
-    """One task: `math` (gold, answer), `gold` (gold), `gym` (name, entry, answer), `user` (reward, text, problem)."""
+    """One task: `math` (gold, answer), `gold` (gold), `decimal` (text), `gym` (name, entry, answer), `user` (reward,
+    text, problem)."""
     try:
         return ("score", _TASKS[kind](*arguments))
     except Unparsed as error:

@@ -21,6 +21,7 @@ from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from decimal import Decimal
 from multiprocessing import context, spawn
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from pebble import ProcessExpired, ProcessPool
 from sgpo_lib import reward_worker
 from sgpo_lib.answers import after_thinking, extract_answer
 from sgpo_lib.config import RewardConfig
-from sgpo_lib.equivalence import Node, Unparsed, matches, read, too_hard
+from sgpo_lib.equivalence import Node, Unparsed, matches, too_hard
+from sgpo_lib.equivalence import read as read_pair
 from sgpo_lib.records import Problem, Verdict
 from sgpo_lib.reward_worker import Outcome
 
@@ -71,7 +73,7 @@ class _Plain:
 def _settle(gold: str, answer: str) -> Outcome | None:
     """What needs no worker: nothing to read, the same text, plain numbers."""
     try:
-        pair = read(gold, answer or "0")
+        pair = read_pair(gold, answer or "0")
         if not answer:
             return ("score", 0.0)
         return ("score", float(pair is None or matches(*pair, _Plain())))
@@ -179,6 +181,12 @@ class Verifier:
         found = [(p, outcomes["gold", p.answer]) for p in asked]
         return [(p, str(reason)) for p, (status, reason) in found if status != "score"]
 
+    def decimals(self, texts: Sequence[str]) -> dict[str, Decimal | None]:
+        """Real values of constants (LaTeX) in 30 digits; None for what is none or cannot be read."""
+        outcomes = self._outcomes({("decimal", text): (text,) for text in texts})
+        return {text: Decimal(value) if status == "score" and value else None
+                for (_, text), (status, value) in outcomes.items()}
+
     def check_gold(self, answer: str) -> str:
         """Why a gold answer cannot be used (`bad_gold`, `timeout`, ...), or `""`."""
         return next((reason for _, reason in self.audit([Problem("gold", "", answer)])), "")
@@ -209,7 +217,8 @@ class Verifier:
             done |= self._in_workers(todo)
             for key, outcome in done.items():
                 # A timeout or crash may be the machine's fault: not remembered.
-                if key[0] in ("math", "gold") and (outcome[0] == "score" or outcome[1] in ("unparsed", "bad_gold")):
+                read = outcome[0] == "score" or outcome[1] in ("unparsed", "bad_gold")
+                if key[0] in ("math", "gold", "decimal") and read:
                     self._cache[key] = outcome
                     self._cache.move_to_end(key)
             while len(self._cache) > CACHE_SIZE:

@@ -22,6 +22,10 @@ _HEAD = 1024
 """Most likely tokens looked at before the whole vocabulary is sorted."""
 
 
+_COLDEST = 1e-6
+"""Temperature that stands for 0, the most likely token."""
+
+
 class _SeededNucleus(LogitsProcessor):
     """Temperature, top-p and the draw itself; records the log-probability of what was drawn."""
 
@@ -29,7 +33,7 @@ class _SeededNucleus(LogitsProcessor):
         generator = torch.Generator()
         streams = [torch.rand(steps, generator=generator.manual_seed(seed), dtype=torch.float64) for seed in seeds]
         self.uniform_BT = torch.stack(streams)
-        self.temperature, self.top_p, self.step = temperature, top_p, 0
+        self.temperature, self.top_p, self.step = max(temperature, _COLDEST), top_p, 0
         self.logp: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

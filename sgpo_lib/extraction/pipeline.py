@@ -1,0 +1,291 @@
+"""Strategy extraction (paper, section 3.1 and Appendix B): five candidates per strong response, one scoring call, the
+highest score kept, and a leak check that puts giveaways in quarantine.
+
+A chunk of problems goes through four rounds: candidates; once more those that could not be read; scores; once more
+scores that could not be read. Every problem ends as one line of the output file, whatever its replies were, and the
+line is on disk before the next chunk starts. A run that was broken off continues after its last line, and paid replies
+come from the cache.
+
+Departures from the paper:
+1. The prompts are ours (the issue of wording, not of method).
+2. A malformed candidate is asked for again once, and kept with the reason (the paper says nothing about them).
+3. A candidate that leaks is not struck from the choice: the best score decides, and a leaking winner is quarantined,
+   so that the scorer's own judgement of leaks can be measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sgpo_lib.answers import after_thinking
+from sgpo_lib.extraction.chat import Chat, Reply, Request
+from sgpo_lib.extraction.leaks import find_leaks
+from sgpo_lib.extraction.reading import read_scores, read_strategy_reply
+from sgpo_lib.extraction.records import Candidate, Extraction, from_row, to_row
+from sgpo_lib.prompts import AGAIN, EXTRACTION, SCORING, candidates_text, filled, strategy_text
+from sgpo_lib.records import Problem, Verdict
+from sgpo_lib.rewards import Verifier, extract_answer
+
+OnAsk = Callable[[str, int], None]
+"""(stage, how many requests are about to go out)."""
+
+
+@dataclass(frozen=True)
+class ExtractionConfig:
+    """How candidates are asked for, scored and chosen."""
+
+    candidates: int = 5
+    """Descriptions per response (the paper: five)."""
+    temperature: float = 0.8
+    """Of candidates. Not published. Scores are asked for at 0."""
+    top_p: float = 0.95
+    """Nucleus mass of candidates."""
+    max_tokens: int = 1024
+    """Longest reply in tokens. A model that thinks aloud needs several thousand."""
+    max_response_chars: int = 60_000
+    """Longest response that is shown whole; of a longer one the middle is left out."""
+    chunk: int = 64
+    """Problems that go through the rounds together; a broken run repeats at most the unpaid part of one chunk."""
+    responses: str = "not wrong"
+    """Which responses are asked about: `correct` (the verifier finds the gold answer), `not wrong` (it finds no other
+    answer: reference solutions often state none), `all` (but empty ones)."""
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A problem on its way."""
+
+    problem: Problem
+    response: str
+    notes: tuple[str, ...]
+    candidates: tuple[Candidate, ...] = ()
+
+
+_ERROR = "error: "
+"""Begins the reason of a request that failed."""
+_MIDDLE = "\n[... {count} characters left out ...]\n"
+_INJECTION = re.compile(r"\b(?:ignore|disregard|forget)\b.{0,30}\b(?:above|previous|prior|instructions?|prompt)\b",
+                        re.IGNORECASE | re.DOTALL)
+
+
+def extract(problems: Sequence[Problem], chat: Chat, verifier: Verifier, config: ExtractionConfig,
+            out: Path, *, on_ask: OnAsk = lambda stage, count: None,
+            on_reply: Callable[[Reply], None] = lambda reply: None) -> list[Extraction]:
+    """Extractions of all problems, in order; those that `out` has already are read from it.
+
+    Raises ValueError where `out` holds lines that are none, of another model, or of a problem with another text, or
+    is being written by another process; RuntimeError where every request of a chunk failed.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{out}.lock", timeout=0):
+            done = _continued(problems, chat.model, out)
+            waiting = [p for p in problems if p.id not in done]
+            for start in range(0, len(waiting), config.chunk):
+                found = _chunk(waiting[start : start + config.chunk], chat, verifier, config, on_ask, on_reply)
+                _write(out, found, "a")
+                done |= {e.problem.id: e for e in found}
+            return [done[p.id] for p in problems]
+    except Timeout:
+        raise ValueError(f"{out}: another process is writing it. Wait for it, or name another file") from None
+
+
+def _continued(problems: Sequence[Problem], model: str, out: Path) -> dict[str, Extraction]:
+    """What `out` holds already. Lines with a request that failed are dropped from the file, to be asked again."""
+    before = read_extractions(out) if out.exists() else []
+    texts = {p.id: p.prompt for p in problems}
+    for e in before:
+        if texts.get(e.problem.id, e.problem.prompt) != e.problem.prompt:
+            raise ValueError(f"{out}: problem {e.problem.id} has another text there. Name another file")
+        if e.engine != model:
+            raise ValueError(f"{out}: its lines are of {e.engine!r}, this run asks {model!r}. Name another file")
+    whole = [e for e in before if not _failed(e)]
+    if len(whole) < len(before):
+        _write(out.with_suffix(".part"), whole, "w")
+        out.with_suffix(".part").replace(out)
+    return {e.problem.id: e for e in whole}
+
+
+def _failed(found: Extraction) -> bool:
+    return any(note.startswith(_ERROR) for note in (*found.notes, *(c.reason for c in found.candidates)))
+
+
+def _write(path: Path, found: Sequence[Extraction], mode: str) -> None:
+    with path.open(mode, encoding="utf-8") as file:
+        file.writelines(json.dumps(to_row(e), ensure_ascii=False) + "\n" for e in found)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_extractions(path: Path) -> list[Extraction]:
+    """The lines of an output file. A last line that was cut off is dropped from the file.
+
+    Raises ValueError with file, line and field for any other faulty line.
+    """
+    text = path.read_text(encoding="utf-8")
+    whole, newline, rest = text.rpartition("\n")
+    if rest:  # the process ended while it wrote
+        path.write_text(whole + newline, encoding="utf-8")
+    found = []
+    for number, line in enumerate(whole.split("\n") if whole else (), start=1):
+        try:
+            found.append(from_row(json.loads(line)))
+        except (ValueError, TypeError, AttributeError) as error:  # a person's file
+            raise ValueError(f"{path}:{number}: {error}. Expected a line of sgpo extract") from error
+    return found
+
+
+def summary(found: Sequence[Extraction]) -> dict[str, Counter[str]]:
+    """Counts for a person: `status` of problems, `notes` by their first words, `candidates` by reason, `leaks` by
+    kind and form."""
+    candidates = [c for e in found for c in e.candidates]
+    reasons = Counter(c.reason or "good" if c.strategy else f"unreadable: {c.reason}" for c in candidates)
+    again = Counter(f"asked again: {c.first_reason}" for c in candidates if c.first_reason)
+    return {"status": Counter(e.status for e in found), "candidates": reasons + again,
+            "notes": Counter(note.partition(":")[0] for e in found for note in e.notes),
+            "leaks": Counter(f"{leak.kind}, {leak.form}" for c in candidates for leak in c.leaks)}
+
+
+def _chunk(problems: Sequence[Problem], chat: Chat, verifier: Verifier, config: ExtractionConfig, on_ask: OnAsk,
+           on_reply: Callable[[Reply], None]) -> list[Extraction]:
+    drafts = [_Draft(p, *_shown(p, config)) for p in problems]
+    verdicts = verifier.judge([(d.problem, d.problem.solution) for d in drafts])
+    left_out: dict[str, Extraction] = {}
+    for draft, verdict in zip(drafts, verdicts, strict=True):
+        if fault := _fault(draft.response, verdict, config.responses):
+            left_out[draft.problem.id] = Extraction(draft.problem, (), None, "left out", (*draft.notes, fault),
+                                                    engine=chat.model)
+    drafts = [d for d in drafts if d.problem.id not in left_out]
+
+    def asked(stage: str, requests: Sequence[Request]) -> list[Reply]:
+        on_ask(stage, len(requests))
+        replies = chat.ask(requests, lambda _, reply: on_reply(reply)) if requests else []
+        if replies and stage == "candidates" and all(r.error for r in replies):
+            raise RuntimeError(f"{chat.model}: none of {len(replies)} requests was answered. The first: "
+                               f"{replies[0].error}. Nothing is lost: the same command continues")
+        return replies
+
+    drafts = _candidates(drafts, config, asked)
+    scored = _scores(drafts, config, asked)
+    checked = find_leaks([(e.problem, c.strategy) for e in scored for c in e.candidates if c.strategy], verifier)
+    leaks = iter(checked)
+    ended = {}
+    for e in scored:
+        candidates = tuple(dataclasses.replace(c, leaks=next(leaks)) if c.strategy else c for c in e.candidates)
+        leaking = e.chosen is not None and bool(candidates[e.chosen].leaks)
+        ended[e.problem.id] = dataclasses.replace(e, candidates=candidates, engine=chat.model,
+                                                  status="leaking" if leaking else e.status)
+    return [ended.get(p.id) or left_out[p.id] for p in problems]
+
+
+def _fault(response: str, verdict: Verdict, wanted: str) -> str:
+    """Why a response is not asked about; "" where it is."""
+    if not response.strip():
+        return "response empty"
+    if verdict.correct or wanted == "all" or (wanted == "not wrong" and verdict.reason):
+        return ""
+    return f"response not correct: {verdict.reason or 'answer ' + verdict.answer}"
+
+
+def _shown(problem: Problem, config: ExtractionConfig) -> tuple[str, tuple[str, ...]]:
+    """The response as the prompts show it, and what is odd about it."""
+    response, notes = problem.solution, []
+    if response.count("<think>") or "</think>" in response:
+        response = after_thinking(response)
+        notes.append("thinking left out")
+    if not extract_answer(problem.solution):
+        notes.append("response without a final answer: cut off?")
+    if _INJECTION.search(response):
+        notes.append("response holds instructions")
+    letters = [c for c in response if c.isalpha()]
+    if letters and sum(c > "\u024f" and not "\u0370" <= c <= "\u03ff" for c in letters) > len(letters) / 5:
+        notes.append("response in another script")
+    if len(response) > config.max_response_chars:
+        half = config.max_response_chars // 2
+        notes.append(f"response shortened: {len(response)} characters")
+        middle = _MIDDLE.replace("{count}", str(len(response) - 2 * half))
+        response = response[:half] + middle + response[-half:]
+    return response, tuple(notes)
+
+
+def _inside(text: str) -> str:
+    """Text that cannot close the mark it stands in."""
+    return re.sub(r"<(/?)(?=problem|response|candidate|description)", r"&lt;\1", text)
+
+
+def _candidates(drafts: Sequence[_Draft], config: ExtractionConfig,
+                asked: Callable[[str, Sequence[Request]], list[Reply]]) -> list[_Draft]:
+    """Ask for the candidates, and once more for those that could not be read."""
+    prompts = [filled(EXTRACTION, problem=_inside(d.problem.prompt), response=_inside(d.response)) for d in drafts]
+    slots = [(prompt, i) for prompt in prompts for i in range(config.candidates)]
+
+    def request(prompt: str, sample: int) -> Request:
+        return Request(prompt, sample, config.temperature, config.top_p, config.max_tokens)
+
+    found = [_candidate(reply) for reply in asked("candidates", [request(*slot) for slot in slots])]
+    again = [i for i, c in enumerate(found) if c.reason]
+    prompts_again = [filled(AGAIN, prompt=slots[i][0], reason=found[i].reason) for i in again]
+    replies = asked("again", [request(p, slots[i][1]) for i, p in zip(again, prompts_again, strict=True)])
+    for i, reply in zip(again, replies, strict=True):
+        second, first = _candidate(reply), found[i]
+        better = second if second.strategy or not first.strategy else first  # a readable first one is not lost
+        found[i] = dataclasses.replace(better, first_reply=first.text, first_reason=first.reason)
+    rows: Iterator[Candidate] = iter(found)
+    return [dataclasses.replace(d, candidates=tuple(next(rows) for _ in range(config.candidates))) for d in drafts]
+
+
+def _candidate(reply: Reply) -> Candidate:
+    if reply.error:
+        return Candidate("", reason=f"{_ERROR}{reply.error}")
+    strategy, reason = read_strategy_reply(reply.text)
+    if strategy is None and reply.stop == "length":
+        reason = "cut off"
+    elif strategy is not None and reply.stop == "length":
+        strategy, reason = None, "cut off"  # its last step is half a step
+    return Candidate(reply.text, strategy, reason)
+
+
+def _scores(drafts: Sequence[_Draft], config: ExtractionConfig,
+            asked: Callable[[str, Sequence[Request]], list[Reply]]) -> list[Extraction]:
+    """One scoring call per problem over the candidates that could be read, and once more where it gave no scores."""
+    readable = [[i for i, c in enumerate(d.candidates) if c.strategy] for d in drafts]
+    prompts = []
+    for draft, chosen in zip(drafts, readable, strict=True):
+        shown = [strategy_text(s) for i in chosen if (s := draft.candidates[i].strategy)]
+        prompts.append(filled(SCORING, count=str(len(chosen)), problem=_inside(draft.problem.prompt),
+                              response=_inside(draft.response), candidates=candidates_text([*map(_inside, shown)])))
+    todo = [i for i, chosen in enumerate(readable) if chosen]
+    replies: dict[int, Reply] = {}
+    for sample, stage in enumerate(("scores", "scores again")):
+        requests = [Request(prompts[i], sample, 0.0 if sample == 0 else config.temperature, config.top_p,
+                            config.max_tokens) for i in todo]
+        replies |= dict(zip(todo, asked(stage, requests), strict=True))
+        todo = [i for i in todo if any(s is None for s in read_scores(replies[i].text, len(readable[i]))[0])]
+    return [_chosen(d, readable[i], replies.get(i)) for i, d in enumerate(drafts)]
+
+
+def _chosen(draft: _Draft, readable: Sequence[int], reply: Reply | None) -> Extraction:
+    """The highest score wins, the first of equals; without any score the first candidate that could be read."""
+    notes = list(draft.notes)
+    if reply is None:
+        return Extraction(draft.problem, draft.candidates, None, "no strategy", (*notes, "no readable candidate"))
+    scores, reasons = read_scores(reply.text, len(readable))
+    notes += [f"{_ERROR}{reply.error}"] if reply.error else reasons
+    if len(readable) < len(draft.candidates):
+        notes.append(f"fewer candidates: {len(readable)} of {len(draft.candidates)}")
+    candidates = list(draft.candidates)
+    for i, score in zip(readable, scores, strict=True):
+        candidates[i] = dataclasses.replace(candidates[i], score=score)
+    best = max(readable, key=lambda i: (-1.0 if (s := candidates[i].score) is None else s, -i))
+    if candidates[best].score is None:
+        notes.append("chosen without a score")
+    return Extraction(draft.problem, tuple(candidates), best, "kept", tuple(notes), reply.text)

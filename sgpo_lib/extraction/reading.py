@@ -1,0 +1,158 @@
+"""Read what a model replied: a strategy description, scores, ratings. No reply raises; each gives a value or a reason.
+
+The asked form of a description is that of the paper's Table 4:
+
+    Problem type: ...
+    Strategy: ...
+    Steps: (a) ... (b) ... (c) ...
+
+A description in Markdown or JSON with the same three parts can be read as well. It has a reason all the same
+(`markdown`, `json`), so that it is asked for again, and taken where the second reply is no better.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+from sgpo_lib.extraction.records import CRITERIA
+from sgpo_lib.records import Strategy
+
+LONGEST = 4_000
+"""Characters above which a description is none (a whole solution, or a loop)."""
+MOST_STEPS = 12
+_LABELS = {"problem type": "problem_type", "strategy": "strategy", "steps": "steps", "procedural steps": "steps"}
+_LABEL = re.compile(r"^[ \t]*(?:[#>*_\-\d.)]+[ \t]*)*(problem type|procedural steps|strategy|steps)[ \t]*[*_]*[ \t]*:"
+                    r"[ \t]*[*_]*", re.IGNORECASE | re.MULTILINE)
+_STEP = re.compile(r"(?:(?<=\s)|^)\(?([a-l])\)\s+")
+_MARKDOWN = re.compile(r"\*\*|^\s*(?:#{1,6}|[-*>]) |^\s*\d+\. ", re.MULTILINE)
+
+
+def read_strategy_reply(reply: str) -> tuple[Strategy | None, str]:
+    """(strategy, "") for the asked form; (strategy, reason) where the form is another; (None, reason) where none is
+    there.
+
+    Reasons: `empty`, `json`, `markdown`, `no problem type`, `no strategy`, `no steps`, `two steps needed`,
+    `part twice`, `too long`.
+    """
+    text = _after_thinking(reply).strip()
+    if not text:
+        return None, "empty"
+    if len(text) > LONGEST:
+        return None, "too long"
+    if (found := _from_json(text)) is not None:
+        return found, "json"
+    marks = list(_LABEL.finditer(text))
+    parts: dict[str, str] = {}
+    for mark, after in zip(marks, [*marks[1:], None], strict=True):
+        name = _LABELS[mark[1].lower()]
+        if name in parts:
+            return None, "part twice"
+        parts[name] = text[mark.end() : after.start() if after else len(text)].strip()
+    for name, reason in (("problem_type", "no problem type"), ("strategy", "no strategy"), ("steps", "no steps")):
+        if not _plain(parts.get(name, "")):
+            return None, reason
+    steps, lettered = _steps(parts["steps"])
+    if len(steps) < 2 or len(steps) > MOST_STEPS:
+        return None, "two steps needed" if len(steps) < 2 else "too long"
+    found = Strategy(_plain(parts["problem_type"]), _plain(parts["strategy"]), tuple(map(_plain, steps)))
+    return found, "" if lettered and not _MARKDOWN.search(text) else "markdown"
+
+
+def _after_thinking(reply: str) -> str:
+    """What stands after the last end of thinking; a reply that never ends thinking says nothing."""
+    before, mark, after = reply.rpartition("</think>")
+    return after if mark else ("" if "<think>" in reply else before + after)
+
+
+def _steps(text: str) -> tuple[list[str], bool]:
+    """The steps, and whether they are lettered (a), (b), ... in order."""
+    marks = list(_STEP.finditer(text))
+    if [m[1] for m in marks] == [chr(ord("a") + i) for i in range(len(marks))] and len(marks) > 1:
+        ends = [m.start() for m in marks[1:]] + [len(text)]
+        steps = [text[m.end() : end].strip() for m, end in zip(marks, ends, strict=True)]
+        return [s for s in steps if s], not text[: marks[0].start()].strip() and all(steps)
+    lines = [re.sub(r"^\s*(?:[-*•]|\(?\w{1,2}[.)])\s+", "", line).strip() for line in text.splitlines()]
+    return [line for line in lines if line], False
+
+
+def _plain(text: str) -> str:
+    """One line, without Markdown's marks around it."""
+    return " ".join(re.sub(r"\*\*|__|`|^\s*[-*>]\s+", "", text).split()).strip(" *_")
+
+
+def _from_json(text: str) -> Strategy | None:
+    """A strategy from a JSON object, in a code block or bare; None where there is no such object."""
+    found = re.search(r"\{.*\}", text, re.DOTALL)
+    if found is None or not re.fullmatch(r"(?:```\w*\s*)?\{.*\}(?:\s*```)?", text, re.DOTALL):
+        return None
+    try:
+        raw = json.loads(found[0], strict=False)
+    except (ValueError, RecursionError):  # a model's text
+        return None
+    if not isinstance(raw, dict):
+        return None
+    raw = {re.sub(r"[\s_]+", " ", str(k)).strip().lower(): v for k, v in raw.items()}
+    kind, strategy = raw.get("problem type"), raw.get("strategy")
+    steps: Any = raw.get("steps", raw.get("procedural steps"))
+    steps = list(steps.values()) if isinstance(steps, dict) else steps
+    steps = _steps(steps)[0] if isinstance(steps, str) else steps
+    if not (isinstance(kind, str) and isinstance(strategy, str) and isinstance(steps, list)):
+        return None
+    told = [re.sub(r"^\(?\w{1,2}[.)]\s+", "", s) for s in steps if isinstance(s, str) and s.strip()]
+    if not (kind.strip() and strategy.strip()) or not 2 <= len(told) <= MOST_STEPS or len(told) != len(steps):
+        return None
+    return Strategy(_plain(kind), _plain(strategy), tuple(map(_plain, told)))
+
+
+
+def read_scores(reply: str, count: int) -> tuple[list[float | None], list[str]]:
+    """`Score: [s1, ..., s5]` as `count` scores, None for one that is missing or out of range, and the reasons.
+
+    The last bracket with numbers after the word `score` counts. Nothing is guessed: 8 of 10 is out of range.
+    """
+    text = _after_thinking(reply)
+    found = re.findall(r"scores?\W{0,6}\[([^\[\]]*)\]", text, re.IGNORECASE) or \
+        re.findall(r"^\s*\[([^\[\]]*)\]\s*$", text, re.MULTILINE)  # fmt: skip
+    if not found:
+        return [None] * count, ["no scores"]
+    reasons = []
+    scores: list[float | None] = []
+    parts = [p.strip() for p in found[-1].split(",")] if found[-1].strip() else []
+    for part in parts[:count]:
+        score = _unit(part.rpartition(":")[2].rpartition("=")[2])
+        scores.append(score)
+        if score is None:
+            reasons.append(f"score out of range or unread: {part[:20]}")
+    if len(parts) != count:
+        reasons.append(f"scores missing: {len(parts)} for {count} candidates" if len(parts) < count else
+                       f"scores too many: {len(parts)} for {count} candidates")
+        if len(parts) > count:
+            return [None] * count, reasons
+    return scores + [None] * (count - len(scores)), reasons
+
+
+def read_ratings(reply: str) -> tuple[dict[str, float] | None, str]:
+    """The judge's rating of each criterion from lines such as `type: 0.8`, or (None, reason)."""
+    text = _after_thinking(reply)
+    ratings: dict[str, float] = {}
+    for name in CRITERIA:
+        found = re.findall(rf"^[\s*\-\"']*{name.replace('_', '[_ ]')}[*\"']*\s*[:=]\s*[*\"']*([^\s*,;\"']+)", text,
+                           re.IGNORECASE | re.MULTILINE)  # fmt: skip
+        if not found:
+            return None, f"no rating of {name}"
+        value = _unit(found[-1])
+        if value is None:
+            return None, f"rating of {name} out of range or unread: {found[-1][:20]}"
+        ratings[name] = value
+    return ratings, ""
+
+
+def _unit(text: str) -> float | None:
+    """A number from 0 to 1; None for anything else."""
+    if not re.fullmatch(r"\s*[-+]?(?:\d{1,9}\.?\d{0,9}|\.\d{1,9})\s*", text):
+        return None
+    value = float(text)
+    return value if math.isfinite(value) and 0 <= value <= 1 else None

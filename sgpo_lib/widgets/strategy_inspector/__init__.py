@@ -1,0 +1,180 @@
+"""The strategy inspector: a problem beside its candidates, and a person's decisions about them.
+
+Python keeps the extractions and sends one problem at a time, so that 8,500 of them cost the browser an index. Every
+decision is written to a JSONL file at once, one line per problem, replaced as a whole (atomic); the file is what
+`data.strategies` reads: accepted strategies are `kept`, the others `rejected`. Opened again on the same file, the
+inspector continues.
+
+Model text reaches the page as text nodes and through KaTeX without trust; nothing in it is parsed as HTML.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets
+
+from sgpo_lib.extraction.leaks import find_leaks
+from sgpo_lib.extraction.quality import Bands
+from sgpo_lib.extraction.records import CRITERIA, Candidate, Extraction
+from sgpo_lib.prompts import strategy_parts
+from sgpo_lib.records import Strategy
+from sgpo_lib.rewards import Verifier
+from sgpo_lib.runs import write_atomic
+from sgpo_lib.sources.rows import strategy as read_strategy
+from sgpo_lib.sources.rows import text
+
+_HERE = Path(__file__).parent
+ACTIONS = ("accepted", "rejected", "undecided")
+
+
+def _module() -> str:
+    """The widget's ES module: KaTeX's published file in a scope of its own, then ours."""
+    katex = (_HERE.parent / "katex" / "katex.min.js").read_text(encoding="utf-8")
+    scoped = f"const katex = (() => {{ const module = {{exports: {{}}}}, exports = module.exports;\n{katex}\n" \
+             "return module.exports; })();\n"  # fmt: skip
+    return scoped + (_HERE / "inspector.js").read_text(encoding="utf-8")
+
+
+class StrategyInspector(anywidget.AnyWidget):
+    """Shows `found` and stores decisions in `path`.
+
+    Raises ValueError where `path` holds lines that are no decisions, with file, line and field.
+    """
+
+    _esm = _module()
+    _css = (_HERE / "inspector.css").read_text(encoding="utf-8")
+    index = traitlets.List().tag(sync=True)
+    """One light row per problem, for filters and sorting."""
+    selected = traitlets.Int(0).tag(sync=True)
+    """Position in `index` of the problem that is shown."""
+    item = traitlets.Dict().tag(sync=True)
+    """The problem that is shown, with its candidates."""
+    told = traitlets.Unicode("").tag(sync=True)
+    """What went wrong with the last decision, or where it was stored."""
+
+    def __init__(self, found: Sequence[Extraction], path: Path | str, verifier: Verifier, bands: Bands | None = None):
+        super().__init__()
+        self.found, self.path, self.verifier, self.bands = list(found), Path(path), verifier, bands or Bands()
+        self.decisions = read_decisions(self.path)
+        self.index = [self._row(i) for i in range(len(self.found))]
+        self.item = self._item(0) if self.found else {}
+        self.observe(self._show, "selected")
+        self.on_msg(self._receive)
+
+    def __repr__(self) -> str:
+        decided = sum(d["decision"] != "undecided" for d in self.decisions.values())
+        return (f"Strategy inspector: {len(self.found)} problems, {decided} decided, decisions in {self.path}. "
+                "It needs a running notebook (JupyterLab).")
+
+    def _row(self, i: int) -> dict[str, Any]:
+        e, decision = self.found[i], self.decisions.get(self.found[i].problem.id, {})
+        best = self._candidates(e)[self._pick(e)] if e.candidates else None
+        quality = best.quality if best else None
+        score = best.score if best and best.score is not None else quality
+        return {"id": e.problem.id, "subject": e.problem.family, "status": e.status,
+                "band": self.bands.of(score) if score is not None else "no score", "score": score,
+                "criteria": dict(best.criteria or {}) if best else {},
+                "leaks": sorted({leak.kind for leak in best.leaks}) if best else [],
+                "leaks_any": sorted({leak.kind for c in e.candidates for leak in c.leaks}),
+                "decision": decision.get("decision", "undecided")}  # fmt: skip
+
+    def _pick(self, e: Extraction) -> int:
+        """Index of the candidate that is picked; that of the choice where nobody picked another."""
+        picked = self.decisions.get(e.problem.id, {}).get("candidate")
+        return picked if type(picked) is int and 0 <= picked < len(e.candidates) else (e.chosen or 0)
+
+    def _candidates(self, e: Extraction) -> list[Candidate]:
+        """The candidates, the picked one with a person's wording where there is one."""
+        candidates, decision = list(e.candidates), self.decisions.get(e.problem.id, {})
+        if decision.get("edited"):
+            i, new = self._pick(e), read_strategy(decision, "")
+            candidates[i] = dataclasses.replace(candidates[i], strategy=new, leaks=self._leaks(e, new))
+        return candidates
+
+    def _leaks(self, e: Extraction, strategy: Strategy) -> Any:
+        return find_leaks([(e.problem, strategy)], self.verifier)[0]
+
+    def _item(self, i: int) -> dict[str, Any]:
+        e = self.found[i]
+        decision = self.decisions.get(e.problem.id, {})
+        return {"id": e.problem.id, "subject": e.problem.family, "status": e.status, "notes": list(e.notes),
+                "problem": e.problem.prompt, "solution": e.problem.solution, "answer": e.problem.answer,
+                "criteria": list(CRITERIA), "chosen": e.chosen, "picked": self._pick(e),
+                "decision": decision.get("decision", "undecided"), "comment": decision.get("comment", ""),
+                "edited": bool(decision.get("edited")),
+                "candidates": [_candidate(c) for c in self._candidates(e)]}  # fmt: skip
+
+    def _show(self, _: Any = None) -> None:
+        if 0 <= self.selected < len(self.found):
+            self.item = self._item(self.selected)
+
+    def _receive(self, _: Any, content: Any, __: Any) -> None:
+        """A decision from the page. What is wrong with it is shown there; nothing is lost."""
+        try:
+            self.decide(content["id"], content["decision"], content.get("candidate"), content.get("comment", ""),
+                        content.get("edited"))
+        except (ValueError, KeyError, TypeError, OSError) as error:  # from the browser, and the disk
+            self.told = f"not stored: {error}"
+
+    def decide(self, problem_id: str, decision: str, candidate: int | None = None, comment: str = "",
+               edited: dict[str, Any] | None = None) -> None:
+        """Store a decision: `accepted`, `rejected` or `undecided`, a candidate, a comment, a new wording.
+
+        Raises ValueError for an unknown problem or decision, a candidate that could not be read, or a faulty wording.
+        """
+        place = next((i for i, e in enumerate(self.found) if e.problem.id == problem_id), None)
+        if place is None or decision not in ACTIONS:
+            raise ValueError(f"got decision {decision!r} about problem {problem_id!r}, expected one of "
+                             f"{', '.join(ACTIONS)} about a problem that is shown")
+        e, before = self.found[place], self.decisions.get(problem_id, {})
+        picked = self._pick(e) if candidate is None else candidate
+        if not 0 <= picked < len(e.candidates):
+            raise ValueError(f"candidate: got {picked}, expected 0 to {len(e.candidates) - 1}")
+        same = before.get("edited") and before.get("candidate") == picked
+        new = read_strategy(edited, "") if edited else read_strategy(before, "") if same else \
+            e.candidates[picked].strategy  # fmt: skip
+        if new is None and decision == "accepted":
+            raise ValueError(f"candidate {picked + 1} could not be read; edit it, or pick another")
+        line = {"id": problem_id, "status": {"accepted": "kept"}.get(decision, decision), "decision": decision,
+                "candidate": picked, "comment": comment, "edited": bool(edited or same),
+                "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}  # fmt: skip
+        if new is not None:
+            line |= {"problem_type": new.problem_type, "strategy": new.strategy, "steps": list(new.steps)}
+        after = {**self.decisions, problem_id: line}
+        write_atomic(self.path, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in after.values()))
+        self.decisions = after
+        self.index = [self._row(i) if i == place else row for i, row in enumerate(self.index)]
+        self.told = f"{problem_id}: {decision}, stored in {self.path}"
+        if self.selected == place:
+            self.item = self._item(place)
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    """What the page needs of a candidate: parts with the offsets of their texts, scores, leaks, reasons."""
+    parts = strategy_parts(candidate.strategy) if candidate.strategy else []
+    return {"parts": [{"label": label, "text": body, "start": start} for label, body, start in parts],
+            "raw": "" if parts else candidate.text, "reason": candidate.reason, "score": candidate.score,
+            "quality": candidate.quality, "criteria": dict(candidate.criteria or {}), "kind": candidate.kind,
+            "comment": candidate.comment, "leaks": [dataclasses.asdict(leak) for leak in candidate.leaks],
+            "strategy": dataclasses.asdict(candidate.strategy) if candidate.strategy else None}  # fmt: skip
+
+
+def read_decisions(path: Path) -> dict[str, dict[str, Any]]:
+    """Decisions by problem id; none where there is no file. Raises ValueError with file, line and field."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), start=1):
+        try:
+            raw = json.loads(line)
+            if not isinstance(raw, dict) or raw.get("decision") not in ACTIONS:
+                raise ValueError(f"decision: expected one of {', '.join(ACTIONS)}")
+            found[text(raw, "id")] = raw
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}. Expected a line of the strategy inspector") from error
+    return found
