@@ -14,6 +14,7 @@ Reading of the rule, which leaves gaps on both sides (reports/strategy_extractio
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from sgpo_lib.rewards import Verifier
 
 _COUNTS = {*map(Fraction, range(13)), Fraction(1, 2)}
 _CONVENTIONAL = {Fraction(n) for n in (*range(13), 60, 90, 100, 180, 360, 1000)}
-_CONVENTIONAL |= {Fraction(1, n) for n in range(2, 11)} | {-n for n in _CONVENTIONAL}
+_CONVENTIONAL |= {Fraction(1, n) for n in (2, 3, 4)} | {-n for n in _CONVENTIONAL}
 _LONGEST = 200_000
 """Characters of a text that are looked at."""
 _RESULT = re.compile(
@@ -36,6 +37,16 @@ _RESULT = re.compile(
     r"(?:to|at)|gets?|getting|obtains?|obtaining|leaves?|leaving|turns? out(?: to be)?|settles? at|reach(?:es|ing)?|"
     r"answer|result|totals?|totalling|namely|becomes?|measures?|ending (?:up )?(?:at|in|with)|costs?|occurs)|=|≈)"
     r"\W*(?:about|exactly|roughly|just|only|the|a|an|at|to|that)?\W*$", re.IGNORECASE)
+_COUNTING = re.compile(
+    r"\b(?:degree|order|power|base|mod(?:ulo)?|step|case|test|part|factor|by|the|first|these|those|all|any|"
+    r"at (?:least|most)|from|to|of|one|another|in|with|into|between|for)\W*$", re.IGNORECASE)
+_COUNTED = re.compile(
+    r"\W?\s*(?:(?:different|equal|real|linear|such|separate|unknown|possible|simple)\s)*(?:steps?|cases?|ways?|times|"
+    r"equations?|unknowns?|conditions?|factors?|parts?|terms?|kinds?|numbers?|quantities|values|expressions?|"
+    r"variables?|pieces|sides|points?|triangles?|formulas?|letters?|rules?|tests?|sums?|products?|roots?|halves|"
+    r"of (?:the|these|them|its))\b", re.IGNORECASE)
+"""What tells a small count in a method ("two cases", "degree 3") from a small answer."""
+_FRACTION = re.compile(r"\\[dtc]?frac\{?(\d+)\}?\{?(\d+)\}?")
 _STATED = re.compile(r"\b(?:answer|result|solution|value|total)\b[^.()]{0,30}$", re.IGNORECASE)
 
 
@@ -50,6 +61,7 @@ class _Known:
     solved_tex: str = ""
     gold: Fraction | None = None
     decimal: float | None = None
+    equations: list[str] = field(default_factory=list)
 
 
 def find_leaks(items: Sequence[tuple[Problem, Strategy]], verifier: Verifier) -> list[tuple[Leak, ...]]:
@@ -62,13 +74,17 @@ def find_leaks(items: Sequence[tuple[Problem, Strategy]], verifier: Verifier) ->
     asked = [(n, m) for n in range(len(items)) for m in found[n] if _worth_asking(m)]
     verdicts = verifier.judge([(_plain(items[n][0]), f"\\boxed{{{m.tex}}}") for n, m in asked])
     equal = {(n, m) for (n, m), verdict in zip(asked, verdicts, strict=True) if verdict.correct}
+    pairs = [(n, m, e) for n in range(len(items)) for m in found[n] for e in _alike(m, facts[items[n][0].id])]
+    same = verifier.judge([(Problem("", "", e), f"\\boxed{{{m.tex}}}") for _, m, e in pairs])
+    equal_to_step = {(n, m) for (n, m, _), verdict in zip(pairs, same, strict=True) if verdict.correct}
     decimals = verifier.decimals([k.problem.answer for k in facts.values() if k.gold is None])
     for k in facts.values():
         value = k.gold if k.gold is not None else decimals.get(k.problem.answer)
         k.decimal = float(value) if value is not None else None
     leaks = []
     for n, (problem, _) in enumerate(items):
-        hits = [hit for m in found[n] if (hit := _leak(texts[n], m, facts[problem.id], (n, m) in equal))]
+        hits = [hit for m in found[n] if (hit := _leak(
+            texts[n], m, facts[problem.id], (n, m) in equal, (n, m) in equal_to_step))]
         leaks.append(tuple(_without_overlaps(hits)))
     return leaks
 
@@ -83,12 +99,17 @@ def _known(problem: Problem) -> _Known:
     known.gold = exact(normalise(problem.answer))
     for values, text in ((known.said, problem.prompt), (known.solved, problem.solution)):
         for m in mentions(text):
+            if m.form == "relation" and text is problem.solution:
+                sides = [s for s in m.tex.split("=") if s.strip()]
+                known.equations += [f"{a}={b}" for a, b in itertools.pairwise(sides)]
             if m.value is not None:
-                values |= {m.value, abs(m.value)}
+                values.add(abs(m.value))
                 if "%" in m.tex:
                     values.add(m.value * 100)
     known.said |= {Fraction(n) for n in re.findall(r"\d+(?:\.\d+)?", problem.prompt)}
-    known.solved |= {Fraction(n) for n in re.findall(r"\d+(?:\.\d+)?", problem.solution)}
+    written = re.sub(r"(?<=\d)(?:\{,\}|\\,|,|\s)(?=\d{3}(?!\d))", "", problem.solution)
+    known.solved |= {Fraction(n) for n in re.findall(r"\d+(?:\.\d+)?", written)}
+    known.solved |= {Fraction(int(a), int(b)) for a, b in _FRACTION.findall(written) if int(b)}
     return known
 
 
@@ -106,28 +127,41 @@ def _worth_asking(m: Mention) -> bool:
     return m.form == "expression" and re.fullmatch(r"-?[a-zA-Z]?", m.tex) is None
 
 
-def _leak(text: str, m: Mention, known: _Known, equal: bool) -> Leak | None:
+def _alike(m: Mention, known: _Known) -> list[str]:
+    """Equations of the solution that may say the same as an equation: in the same letters, with a number of its own."""
+    if m.form != "relation" or m.tex.count("=") != 1 or not (_names(m.tex) and _new_numbers(m, known)):
+        return []
+    return [e for e in known.equations if _names(e) == _names(m.tex)][:20]
+
+
+def _names(tex: str) -> set[str]:
+    return set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+|_\{[^{}]*\}|_\w", "", tex)))
+
+
+def _leak(text: str, m: Mention, known: _Known, equal: bool, equal_to_step: bool) -> Leak | None:
     """The leak of one mention, or None."""
     kind = form = ""
     before = text[max(0, m.start - 60) : m.start]
     if equal or (m.value is not None and m.value == known.gold):
         kind, form = "answer", "words" if m.form == "words" else "expression" if equal else "number"
-        shown = m.value in known.said if m.value is not None else _squeezed(m.tex) in known.said_tex
+        shown = abs(m.value) in known.said if m.value is not None else _squeezed(m.tex) in known.said_tex
         small = m.value is not None and abs(m.value) in _COUNTS
-        if (shown or small) and not (_STATED.search(before) or "boxed" in m.text or
-                                     (not shown and _result(text, m, before))):  # fmt: skip
+        told = _STATED.search(before) or "boxed" in m.text or (not shown and _result(text, m, before))
+        if not told and (shown or (small and (_COUNTING.search(before) or _COUNTED.match(text[m.end :])))):
             kind = ""
     elif m.value is not None and _rounded(m, known):
         kind, form = "answer", "rounded"
     elif m.value is not None and "%" in m.tex and m.value not in known.said and known.gold is not None and any(
             m.value * n == known.gold for n in known.said):  # fmt: skip
         kind, form = "answer", "share"
-    if not kind and m.value is not None and m.value in known.solved - known.said and not _set_up(m, known):
+    if m.form == "ratio" and kind != "answer":
+        return None
+    if not kind and m.value is not None and abs(m.value) in known.solved - known.said and not _set_up(m, known):
         stated = _result(text, m, before) and not m.side and abs(m.value) > 1
         if m.value not in _CONVENTIONAL or stated:
             kind, form = "intermediate", "words" if m.form == "words" else "number"
     if not kind and m.form in ("expression", "relation") and not m.side and (
-            _solved(m, known) or (m.form == "expression" and _result(text, m, before) and _same_text(m, known))):
+            equal_to_step or _solved(m, known) or (_result(text, m, before) and _same_text(m, known))):
         kind, form = "intermediate", m.form
     return Leak(m.start, m.end, kind, form, m.text) if kind else None
 
@@ -170,8 +204,7 @@ def _solved(m: Mention, known: _Known) -> bool:
     if len(tex) < 3 or tex in known.said_tex:
         return False
     parts = [p for p in re.split(r"=|\\(?:le|ge|in|equiv|approx)(?![a-zA-Z])|[<>]", tex) if p]
-    bare = re.sub(r"_\w", "", re.sub(r"[\^_]\{\w+\}", "", m.text.replace(" ", "")))
-    new = [n for n in re.findall(r"\d+", bare) if int(n) > 2 and Fraction(n) not in known.said]
+    bare, new = _bare(m), _new_numbers(m, known)
     if len(parts) == 2 and re.fullmatch(r"\d+", parts[0]) and Fraction(parts[0]) in known.said:
         return False  # 8 = 2^3, about a number of the problem
     if tex in known.solved_tex:
@@ -182,6 +215,16 @@ def _solved(m: Mention, known: _Known) -> bool:
         recursive = re.search(r"_|'", parts[0]) is not None and re.search(r"[2-9]|\\[a-z]{3}", bare) is not None
         return not naming and (bool(new) or recursive)
     return len(parts) > 1 and len(parts[-1]) > 4 and bool(new) and parts[-1].strip("\\") in known.solved_tex
+
+
+def _bare(m: Mention) -> str:
+    """The formula without exponents in braces and without subscripts."""
+    return re.sub(r"_\w", "", re.sub(r"[\^_]\{\w+\}", "", m.text.replace(" ", "")))
+
+
+def _new_numbers(m: Mention, known: _Known) -> list[str]:
+    """Numbers of a formula above 2 that the problem does not say."""
+    return [n for n in re.findall(r"\d+", _bare(m)) if int(n) > 2 and Fraction(n) not in known.said]
 
 
 def _without_overlaps(hits: Sequence[Leak]) -> Iterator[Leak]:

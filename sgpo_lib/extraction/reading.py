@@ -69,8 +69,11 @@ def _after_thinking(reply: str) -> str:
 
 def _steps(text: str) -> tuple[list[str], bool]:
     """The steps, and whether they are lettered (a), (b), ... in order."""
-    marks = list(_STEP.finditer(text))
-    if [m[1] for m in marks] == [chr(ord("a") + i) for i in range(len(marks))] and len(marks) > 1:
+    marks: list[re.Match[str]] = []
+    for mark in _STEP.finditer(text):  # a step may name an earlier one: "by step (a)"
+        if mark[1] == chr(ord("a") + len(marks)):
+            marks.append(mark)
+    if len(marks) > 1:
         ends = [m.start() for m in marks[1:]] + [len(text)]
         steps = [text[m.end() : end].strip() for m, end in zip(marks, ends, strict=True)]
         return [s for s in steps if s], not text[: marks[0].start()].strip() and all(steps)
