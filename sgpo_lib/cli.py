@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sgpo_lib.extraction.command import add_arguments
+from sgpo_lib.extraction.command import command as extract_command
 from sgpo_lib.jobs import jobs_root, last_line, parse_assignment, read_batch, read_job
 from sgpo_lib.runs import list_runs, load_run, reports_root, runs_root
 
@@ -45,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     batch.add_argument("--smoke", action="store_true", help="with the small parameters under `smoke:` in the file")
     batch.add_argument("--dry-run", action="store_true", help="check the file and list the jobs")
     commands.add_parser("status", help="how jobs and runs stand")
+    extract = commands.add_parser("extract", help="strategies from strong responses", description=(
+        "Five candidate strategies per response, scored, checked for leaks; one line per problem in the output file."))
+    add_arguments(extract)
     report = commands.add_parser("report", help="write reports/BATCH/index.html")
     report.add_argument("batch", nargs="?", help="name of the batch (default: the newest)")
     report.add_argument("--out", type=Path, help="folder of the report (default: reports/BATCH)")
@@ -56,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     with contextlib.suppress(ValueError):  # not in the main thread: whoever runs it there handles signals
         signal.signal(signal.SIGTERM, _interrupt)
-    commands = {"run": _run, "batch": _batch, "status": _status, "report": _report}
+    commands = {"run": _run, "batch": _batch, "status": _status, "report": _report,
+                "extract": lambda given: extract_command(given, _say)}
     try:
         return commands[arguments.command](arguments)
     except (ValueError, RuntimeError, FileNotFoundError) as error:

@@ -20,6 +20,18 @@ def strategy_text(strategy: Strategy) -> str:
     return f"Problem type: {strategy.problem_type}\nStrategy: {strategy.strategy}\nSteps: {steps}"
 
 
+def strategy_parts(strategy: Strategy) -> list[tuple[str, str, int]]:
+    """(label, text, first character in `strategy_text`) of the type, the strategy and each step."""
+    parts, at = [], 0
+    for label, text in (("Problem type: ", strategy.problem_type), ("\nStrategy: ", strategy.strategy),
+                        *((f"{' ' if i else chr(10) + 'Steps: '}({chr(ord('a') + i)}) ", step)
+                          for i, step in enumerate(strategy.steps))):  # fmt: skip
+        at += len(label)
+        parts.append((label.strip().removeprefix("Steps: ").rstrip(":"), text, at))
+        at += len(text)
+    return parts
+
+
 def autonomous_text(problem: Problem) -> str:
     """User turn of pi(.|q)."""
     return f"{problem.prompt}\n{problem.style.instruction}"

@@ -71,7 +71,8 @@ def test_the_test_lock_only_adds_to_the_run_lock():
 
 
 @pytest.mark.parametrize("locked, extras", [
-    (RUN, ("", "lab")), (HERE, ("", "lab", "test", "dev")), (GPU, ("", "vllm", "ray", "slurm", "track")),
+    (RUN, ("", "lab", "extract")), (HERE, ("", "lab", "extract", "test", "dev")),
+    (GPU, ("", "extract", "vllm", "ray", "slurm", "track")),
 ], ids=["run", "run+test", "gpu"])  # fmt: skip
 def test_every_requirement_of_the_project_is_pinned_within_its_range(locked, extras):
     unmet = [str(r) for r in requirements(*extras) if not is_met(r, locked)]
@@ -119,7 +120,8 @@ def needed(extras: tuple[str, ...]) -> Iterator[tuple[str, Requirement]]:
 
 
 @in_the_make_environment
-@pytest.mark.parametrize("locked, extras", [(RUN, ("", "lab")), (HERE, ("", "lab", "test", "dev"))],
+@pytest.mark.parametrize("locked, extras", [
+    (RUN, ("", "lab", "extract")), (HERE, ("", "lab", "extract", "test", "dev"))],
                          ids=["run", "run+test"])
 def test_a_lock_is_closed_and_holds_nothing_else(locked, extras):
     """Installed with --no-deps, a missing package would be noticed only when it is imported."""
@@ -155,14 +157,14 @@ def test_the_overrides_leave_out_exactly_what_is_not_needed():
 # ------------------------------------------------------------------------------------- conda, licence, metadata
 
 
-def test_the_conda_file_lists_base_and_lab_with_the_same_ranges():
+def test_the_conda_file_lists_base_lab_and_extract_with_the_same_ranges():
     file = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     assert (file["name"], file["channels"]) == ("sgpo", ["conda-forge"])
     *conda, pip = file["dependencies"]
     assert set(pip) == {"pip"}
     assert [line.partition("=")[0] for line in conda] == ["python", "pip"]
     listed = {canonicalize_name(r.name): r for r in map(Requirement, pip["pip"])}
-    expected = {canonicalize_name(r.name): r for r in requirements("", "lab") if r.name not in NOT_NEEDED}
+    expected = {canonicalize_name(r.name): r for r in requirements("", "lab", "extract") if r.name not in NOT_NEEDED}
     assert len(pip["pip"]) == len(listed)
     assert {name: str(r) for name, r in listed.items()} == {name: str(r) for name, r in expected.items()}
 

@@ -59,6 +59,16 @@ class ExtractionConfig:
     """Which responses are asked about: `correct` (the verifier finds the gold answer), `not wrong` (it finds no other
     answer: reference solutions often state none), `all` (but empty ones)."""
 
+    def __post_init__(self) -> None:
+        if self.responses not in ("correct", "not wrong", "all"):
+            raise ValueError(f"responses: got {self.responses!r}, expected 'correct', 'not wrong' or 'all'")
+        for name in ("candidates", "max_tokens", "max_response_chars", "chunk"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected 1 or more")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"got temperature {self.temperature} and top_p {self.top_p}, expected 0 or more, and above "
+                             "0 up to 1")
+
 
 @dataclass(frozen=True)
 class _Draft:

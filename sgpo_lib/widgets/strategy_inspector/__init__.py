@@ -50,7 +50,7 @@ class StrategyInspector(anywidget.AnyWidget):
 
     _esm = _module()
     _css = (_HERE / "inspector.css").read_text(encoding="utf-8")
-    index = traitlets.List().tag(sync=True)
+    index: Any = traitlets.List().tag(sync=True)
     """One light row per problem, for filters and sorting."""
     selected = traitlets.Int(0).tag(sync=True)
     """Position in `index` of the problem that is shown."""
