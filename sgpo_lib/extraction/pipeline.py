@@ -66,8 +66,8 @@ class ExtractionConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected 1 or more")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"got temperature {self.temperature} and top_p {self.top_p}, expected 0 or more, and above "
-                             "0 up to 1")
+            raise ValueError(f"got temperature {self.temperature} and top_p {self.top_p}, expected 0 or more, and "
+                             "above 0 up to 1")
 
 
 @dataclass(frozen=True)
@@ -185,16 +185,29 @@ def _chunk(problems: Sequence[Problem], chat: Chat, verifier: Verifier, config: 
         return replies
 
     drafts = _candidates(drafts, config, asked)
-    scored = _scores(drafts, config, asked)
-    checked = find_leaks([(e.problem, c.strategy) for e in scored for c in e.candidates if c.strategy], verifier)
-    leaks = iter(checked)
-    ended = {}
-    for e in scored:
-        candidates = tuple(dataclasses.replace(c, leaks=next(leaks)) if c.strategy else c for c in e.candidates)
-        leaking = e.chosen is not None and bool(candidates[e.chosen].leaks)
-        ended[e.problem.id] = dataclasses.replace(e, candidates=candidates, engine=chat.model,
-                                                  status="leaking" if leaking else e.status)
+    ended = {e.problem.id: dataclasses.replace(e, engine=chat.model)
+             for e in check_leaks(_scores(drafts, config, asked), verifier)}
     return [ended.get(p.id) or left_out[p.id] for p in problems]
+
+
+def check_leaks(found: Sequence[Extraction], verifier: Verifier) -> list[Extraction]:
+    """The extractions with every candidate checked; those whose chosen candidate leaks are put in quarantine."""
+    leaks = iter(find_leaks([(e.problem, c.strategy) for e in found for c in e.candidates if c.strategy], verifier))
+    return [_quarantined(dataclasses.replace(e, candidates=tuple(
+        dataclasses.replace(c, leaks=next(leaks)) if c.strategy else c for c in e.candidates))) for e in found]
+
+
+def _quarantined(e: Extraction) -> Extraction:
+    """With the status that the leaks of the chosen candidate ask for."""
+    leaking = e.best is not None and bool(e.best.leaks)
+    return dataclasses.replace(e, status="leaking" if leaking else "kept" if e.status == "leaking" else e.status)
+
+
+def rescore(found: Sequence[Extraction], chat: Chat, config: ExtractionConfig) -> list[Extraction]:
+    """The extractions with scores (and choices) by another scorer: the scoring call over the candidates there are."""
+    drafts = [_Draft(e.problem, _shown(e.problem, config)[0], e.notes, e.candidates) for e in found]
+    scored = _scores(drafts, config, lambda _, requests: chat.ask(requests, lambda *_: None) if requests else [])
+    return [_quarantined(dataclasses.replace(e, engine=chat.model)) for e in scored]
 
 
 def _fault(response: str, verdict: Verdict, wanted: str) -> str:

@@ -59,6 +59,19 @@ def shipped() -> list[Extraction]:
     return found
 
 
+def told_text(e: Extraction) -> str:
+    """A problem and its candidates as plain text with the scores there are: for a reader without the widget."""
+    lines = [f"Problem {e.problem.id}: {e.problem.prompt}", f"Answer: {e.problem.answer}", ""]
+    for i, c in enumerate(e.candidates):
+        rated = [f"score {c.score:.2f}"] if c.score is not None else []
+        rated += [f"mean {c.quality:.2f}"] if c.quality is not None else []
+        rated += [f"leaks {', '.join(leak.text for leak in c.leaks)}"] if c.leaks else []
+        mark = "*" if i == e.chosen else " "
+        told = strategy_text(c.strategy) if c.strategy else f"unreadable ({c.reason}): {c.text[:200]}"
+        lines += [f"{mark} {i + 1} {c.kind} [{'; '.join(rated)}]", *("    " + line for line in told.splitlines()), ""]
+    return "\n".join(lines)
+
+
 def candidate_frame(found: Sequence[Extraction], bands: Bands) -> pd.DataFrame:
     """One row per candidate that could be read: problem, family, kind, criteria, quality, band, score, leaks, words."""
     rows = []
@@ -136,7 +149,34 @@ def judge(found: Sequence[Extraction], chat: Chat, max_tokens: int = 1024) -> li
     return rated
 
 
+def with_ratings(found: Sequence[Extraction], rated: Sequence[Mapping[int, Ratings | str]]) -> list[Extraction]:
+    """The extractions with a judge's ratings in place of those they had; a refusal becomes the candidate's comment."""
+    judged = []
+    for e, ratings in zip(found, rated, strict=True):
+        candidates = list(e.candidates)
+        for i, given in ratings.items():
+            told = {"comment": f"not rated: {given}"} if isinstance(given, str) else {"criteria": given}
+            candidates[i] = replace(candidates[i], **told)
+        judged.append(replace(e, candidates=tuple(candidates)))
+    return judged
+
+
+def leak_frame(found: Sequence[Extraction]) -> pd.DataFrame:
+    """One row per leak: problem, kind of the candidate, kind of the leak, form, the text itself."""
+    rows = [(e.problem.id, c.kind, k.kind, k.form, k.text) for e in found for c in e.candidates for k in c.leaks]
+    return pd.DataFrame(rows, columns=["problem", "kind", "leak", "form", "text"])
+
+
 # ---------------------------------------------------------------------------------------------------------- agreement
+
+
+def with_rules(frame: pd.DataFrame, found: Sequence[Extraction]) -> pd.DataFrame:
+    """The frame with `rules`: the mean of `rule_ratings` of each candidate."""
+    rated = {(e.problem.id, i): rule_ratings(e.problem.prompt, c.strategy, c.leaks)
+             for e in found for i, c in enumerate(e.candidates) if c.strategy}  # fmt: skip
+    means = [sum(r.values()) / len(r) for key in zip(frame["problem"], frame["candidate"], strict=True)
+             for r in [rated[key]]]  # fmt: skip
+    return frame.assign(rules=means)
 
 
 def agreement(frame: pd.DataFrame, reference: str, scorer: str) -> pd.DataFrame:
