@@ -179,11 +179,11 @@ def _math(gold: str, answer: str) -> float:
 
 
 def _gold(gold: str) -> float:
-    """Read every part of a gold answer; its value is not asked for."""
+    """Read every part of a gold answer, print it, read that, and compare; its value is not asked for."""
     def visit(node: Any) -> None:
         if isinstance(node, tuple) and node and node[0] == "leaf":
             if exact(node[1]) is None and not re.fullmatch(r"-?\d+|-?\\infty|\\emptyset", node[1]):
-                _expression(node[1], BadGold)
+                _same_when_printed(_expression(node[1], BadGold))
         elif isinstance(node, tuple | list) and (not node or node[0] not in ("words", "ratio")):
             for part in node[:3] if node and node[0] == "equation" else node:
                 visit(part)
@@ -202,6 +202,24 @@ def _decimal(text: str) -> str:
         return ""
     number = sympy.N(value, 30)
     return str(number) if number.is_real and number.is_finite else ""
+
+
+def _same_when_printed(expression: Any) -> None:
+    """Raises BadGold where the expression, printed as LaTeX and read again, is another one: it was misread."""
+    import sympy
+
+    if not isinstance(expression, sympy.Expr):
+        return
+    printed = sympy.latex(expression, ln_notation=True)
+    again = _parse(normalise(printed))
+    if not isinstance(again, sympy.Expr):
+        return  # a printer's form that the parser does not know says nothing about the gold
+    if expression.free_symbols or again.free_symbols:
+        same = _agree_at_samples(expression, again)
+    else:
+        same = _same_number(_value(expression, BadGold), _value(again, BadGold))
+    if same is False:
+        raise BadGold(f"read as {printed[:200]}, which reads as something else")
 
 
 def _gym(name: str, entry: dict[str, Any], answer: str) -> float:

@@ -24,6 +24,7 @@ from sgpo_lib.records import Problem, RolloutGroup
 from sgpo_lib.rollouts.groups import judge_groups, rollout_rows, sample_groups
 from sgpo_lib.runs import Run, locked, open_run
 from sgpo_lib.session import FINAL, Session, open_session
+from sgpo_lib.sources.catalogue import readable
 from sgpo_lib.sources.rows import normalised
 from sgpo_lib.strategies import is_spoiled
 from sgpo_lib.supervised import expert_rows, require_room, supervised_step, validation_loss
@@ -203,10 +204,7 @@ def _check(session: Session) -> None:
         for problem in splits.train:
             row = prompt_ids(tokenizer, problem, guided=False), response_ids(tokenizer, expert_text(problem))
             require_room(problem, row, session.policy.context)
-    unreadable = session.verifier.audit(everything)
-    if unreadable:
-        shown = "; ".join(f"{p.id}: {p.answer!r} ({reason})" for p, reason in unreadable[:5])
-        raise ValueError(f"{len(unreadable)} gold answers cannot be read: {shown}. Correct or remove these problems")
+    readable(everything, session.verifier, splits.source)
     room = session.policy.context - config.rollout.max_new_tokens
     for problem in everything:
         length = len(prompt_ids(session.policy.tokenizer, problem, guided=guided and problem.strategy is not None))

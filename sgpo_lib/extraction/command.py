@@ -101,7 +101,8 @@ def extract_source(source: str, engine: str | Chat, out: Path | str, *, config: 
         raise ValueError(f"{opened.name}: no problem has a solution to distil, {', '.join(missing[:3])} for example. "
                          "Give them a `solution` field (the strong model's response)")
     with Verifier(RewardConfig()) as verifier:
-        kept = readable(problems, verifier, opened.name, leave_out=leave_out)
+        kept = readable(problems, verifier, opened.name, leave_out=leave_out,
+                        cure="Correct these, or leave them out: --leave-out-unreadable, leave_out=True in a notebook")
         say(f"{opened.told}; {len(problems)} drawn"
             + (f", {len(problems) - len(kept)} with an unreadable gold answer left out" if len(kept) < len(problems)
                else ""))  # fmt: skip

@@ -92,7 +92,8 @@ def sample(source: Source, count: int, seed: int) -> list[Problem]:
                      f"{count}. Lower the count or widen problem_args")
 
 
-def readable(problems: Sequence[Problem], verifier: Verifier, where: str, *, leave_out: bool) -> list[Problem]:
+def readable(problems: Sequence[Problem], verifier: Verifier, where: str, *, leave_out: bool = False,
+             cure: str = "Correct or remove these problems") -> list[Problem]:
     """The problems whose gold answer can be read: parsed, printed, parsed again, and still the same value.
 
     Raises ValueError naming place, answer and reason for the others, unless they are to be left out.
@@ -103,6 +104,6 @@ def readable(problems: Sequence[Problem], verifier: Verifier, where: str, *, lea
                  for p, reason in bad[:10]]  # fmt: skip
         shown += [f"and {len(bad) - 10} more"] * (len(bad) > 10)
         raise ValueError("\n  ".join([f"{len(bad)} of {len(problems)} gold answers cannot be read:", *shown,
-                                      "Correct these, or leave them out (--leave-out-unreadable)"]))
+                                      cure]))
     refused = {p.id for p, _ in bad}
     return [p for p in problems if p.id not in refused]
