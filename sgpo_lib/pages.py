@@ -22,6 +22,7 @@ from typing import Any
 PLOTLY_TAG = '<script src="plotly.min.js" charset="utf-8"></script>'
 """How a page asks for plotly.js; replace it to point elsewhere."""
 _MIME = "application/vnd.plotly.v1+json"
+_WIDGET = "application/vnd.jupyter.widget-view+json"
 FIGURE_SCRIPT = """<script>
 (function () {
   var dark = window.matchMedia("(prefers-color-scheme: dark)");
@@ -84,6 +85,7 @@ def notebook_html(path: Path) -> str:
     for cell in nb.cells:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
+            data.pop(_WIDGET, None)  # its text stands for it
             if _MIME in data:
                 data["text/html"] = figure_html(data.pop(_MIME))
                 figures = True

@@ -91,8 +91,7 @@ def test_retry_after_is_honoured(serve):
     server, endpoint = serve(
         lambda a: echo(a) if a.attempt else Answer(status=429, body={}, headers={"Retry-After": "1"}))
     assert ask(endpoint, requests("q"))[0].text == "answer to q"
-    first, second = server.asked
-    assert second.at - first.at >= 1.0
+    assert server.asked[1].at - server.asked[0].at >= 1.0
 
 
 LASTING: dict[str, tuple[Answer, str, int]] = {  # what the server does, what the error says, how often it is asked
@@ -261,8 +260,7 @@ def test_an_interrupt_keeps_what_was_paid_and_asks_nothing_more(serve, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         Cached(endpoint, path).ask(wanted, interrupted)
     time.sleep(0.8)
-    begun = len(server.asked)
-    assert begun < 8 and len(server.answered) == begun
+    assert len(server.answered) == len(server.asked) < 8
     replies = ask(Cached(endpoint, path), wanted)
     assert [r.text for r in replies] == [r.prompt for r in wanted]
     assert replies[0].cached, "what had arrived is lost"
@@ -292,17 +290,16 @@ def test_two_processes_may_share_a_cache(serve, tmp_path):
 
 def broken(path: Path, how: str) -> None:
     if how == "a folder":
-        return path.mkdir()
-    if how == "text":
+        path.mkdir()
+    elif how == "text":
         path.write_text("no database at all, but a note of some length\n" * 50, encoding="utf-8")
-        return None
-    with sqlite3.connect(path) as database:
-        database.execute(f"CREATE TABLE replies ({'key TEXT PRIMARY KEY, reply TEXT' if how == 'lost' else 'a TEXT'})")
+    else:
+        with sqlite3.connect(path) as database:
+            database.execute(f"CREATE TABLE replies ({'key TEXT PRIMARY KEY, reply' if how == 'lost' else 'a'} TEXT)")
+            if how == "lost":
+                database.executemany("INSERT INTO replies VALUES (?, ?)", [(f"{i}" * 40, "{}") for i in range(500)])
         if how == "lost":
-            database.executemany("INSERT INTO replies VALUES (?, ?)", [(f"{i}" * 40, "{}") for i in range(500)])
-    if how == "lost":
-        path.write_bytes(path.read_bytes()[:4096] + b"\xa5" * (path.stat().st_size - 4096))
-    return None
+            path.write_bytes(path.read_bytes()[:4096] + b"\xa5" * (path.stat().st_size - 4096))
 
 
 @pytest.mark.parametrize("how", ["text", "another table", "lost", "a folder"])

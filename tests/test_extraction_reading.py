@@ -1,10 +1,9 @@
-"""Reading replies: descriptions in every form a model may give them, scores, ratings; extractions as lines of a file."""
+"""Reading replies: descriptions in every form a model may give them, scores, ratings; lines of strategies.jsonl."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from typing import Any
 
 import pytest
@@ -96,7 +95,8 @@ def test_json_gives_the_same_strategy_and_a_reason(reply: str):
     (f"Problem type:\nStrategy: {WAY}\nSteps: {LETTERED}", "no problem type"),
     (f"Problem type: **\nStrategy: {WAY}\nSteps: {LETTERED}", "no problem type"),
     (f"Problem type: {TYPE}", "no strategy"), (f"Problem type: {TYPE}\nStrat", "no strategy"),
-    (f"Problem type: {TYPE}\nStrategy: {WAY}", "no steps"), (f"Problem type: {TYPE}\nStrategy: {WAY}\nSteps:", "no steps"),
+    (f"Problem type: {TYPE}\nStrategy: {WAY}", "no steps"),
+    (f"Problem type: {TYPE}\nStrategy: {WAY}\nSteps:", "no steps"),
     (f"Problem type: {TYPE}\nStrategy: {WAY}\nSteps: (a) Write both equations", "two steps needed"),
     (f"Problem type: {TYPE}\nStrategy: {WAY}\nSteps: Write, subtract, substitute.", "two steps needed"),
     (f"Problem type: {TYPE}\nStrategy: {WAY}\nProblem type: Other\nSteps: {LETTERED}", "part twice"),
@@ -183,11 +183,11 @@ def test_a_written_strategy_reads_back_unchanged(written: Strategy):
     assert read_strategy_reply(strategy_text(written)) == (written, "")
 
 
-_FRAGMENTS = st.lists(st.sampled_from(
-    ["Problem type:", "Strategy:", "Steps:", "Procedural steps", "(a) ", "(b) ", "(c) ", "a) ", "**", "__", "`", "```json",
-     "\n", "\n", "- ", "1. ", "{", "}", '"', "<think>", "</think>", " ", "x", "Add it", "\r", "\x00", "\u2028", "[", "]",
-     "Score:", "0.5", ",", "type: 1", "\ud800", '{"problem_type": "**", "strategy": "x", "steps": ["`", "y"]}']),
-    max_size=16).map("".join)  # fmt: skip
+_FRAGMENTS = st.lists(st.sampled_from([
+    "Problem type:", "Strategy:", "Steps:", "Procedural steps", "(a) ", "(b) ", "(c) ", "a) ", "**", "__", "`", "```",
+    "\n", "\n", "- ", "1. ", "{", "}", '"', "<think>", "</think>", " ", "x", "Add it", "\r", "\x00", "\u2028", "[", "]",
+    "Score:", "0.5", ",", "type: 1", "\ud800", '{"problem_type": "**", "strategy": "x", "steps": ["`", "y"]}',
+]), max_size=16).map("".join)  # fmt: skip
 
 
 @given(st.one_of(st.text(max_size=300), _FRAGMENTS, _FRAGMENTS.map(lambda t: f"{ASKED}\n{t}"),
@@ -248,7 +248,7 @@ def test_scores_are_read_from_the_last_bracket_with_numbers(reply: str):
 
 
 @pytest.mark.parametrize("bad", ["8", "1.01", "-0.2", "nan", "NaN", "inf", "-inf", "90%", "0.9/1", "high", "None", "",
-                                 "1e-1", "0x1", "0,9".replace(",", "·"), "9" * 5000])  # fmt: skip
+                                 "1e-1", "0x1", "0·9", "9" * 5000])  # fmt: skip
 def test_a_score_that_is_no_number_from_0_to_1_is_none_with_a_reason(bad: str):
     scores, reasons = read_scores(f"Score: [{bad}, 0.5, 1]", 3)
     assert scores == [None, 0.5, 1.0]
@@ -300,12 +300,9 @@ def test_a_rating_that_is_missing_or_out_of_range_names_its_criterion(name: str)
 
 def full(status: str = "kept") -> Extraction:
     """An extraction with something in every field."""
-    candidates = (
-        Candidate("reply 1", GOOD, "markdown", "first", "no steps", 0.0, dict.fromkeys(CRITERIA, 0.5),
-                  (Leak(3, 7, "answer", "number", "1,75"), Leak(9, 11, "intermediate", "words", "six")), "good", "so"),
-        Candidate("", reason="error: HTTP 500"),
-        Candidate("  ", None, "empty"),
-    )  # fmt: skip
+    leaks = (Leak(3, 7, "answer", "number", "1,75"), Leak(9, 11, "intermediate", "words", "six"))
+    candidates = (Candidate("1", GOOD, "markdown", "0", "no steps", 0.0, dict.fromkeys(CRITERIA, 0.5), leaks, "k", "c"),
+                  Candidate("", reason="error: HTTP 500"), Candidate("  ", None, "empty"))  # fmt: skip
     problem = Problem("p1", "Was ist ½ + ½? 你好\n", "1", solution="\\boxed{1} \u2028 \"quoted\"", family="algebra")
     return Extraction(problem, candidates, 0, status, ("scores missing: 2 for 3", "x"), "Score: [0]", "model")
 
@@ -334,20 +331,16 @@ def test_the_retained_strategy_stands_on_top_of_the_line_where_training_reads_it
     ({"candidates": [{"text": "x", "scor": 1}]}, ["candidates[0]", "scor", "unknown field", "score"]),
     ({"candidates": [{"reason": "no text"}]}, ["candidates[0]", "text"]),
     ({"candidates": [{"text": "x", "score": "high"}]}, ["candidates[0]", "score", "high"]),
-    ({"candidates": [{"text": "x", "score": 8}]}, ["candidates[0]", "score", "8"]),
     ({"candidates": [{"text": "x", "criteria": [1]}]}, ["candidates[0]", "criteria"]),
-    ({"candidates": [{"text": "x", "strategy": {"problem_type": "t", "strategy": "s"}}]},
-     ["candidates[0].strategy", "steps", "missing"]),
+    ({"candidates": [{"text": "x", "strategy": {"strategy": "s"}}]}, ["candidates[0].strategy", "steps"]),
     ({"candidates": [{"text": "x", "leaks": [{"start": 1}]}]}, ["candidates[0]", "leaks"]),
     ({"candidates": [{"text": "x", "leaks": 3}]}, ["candidates[0]", "leaks"]),
 ])  # fmt: skip
 def test_a_faulty_field_of_a_line_is_named(change: dict[str, Any], told: list[str]):
-    row = json.loads(json.dumps(to_row(full()))) | change
-    row |= {"chosen": None} if "candidates" in change else {}
+    row = json.loads(json.dumps(to_row(full()))) | ({"chosen": None} if "candidates" in change else {})
     with pytest.raises(ValueError) as caught:
-        from_row(row)
-    for part in told:
-        assert re.search(r"missing|null|got" if part == "missing" else re.escape(part), str(caught.value))
+        from_row(row | change)
+    assert all(part in str(caught.value) for part in told)
 
 
 def test_the_quality_is_the_mean_of_all_four_criteria():

@@ -286,13 +286,18 @@ def _scores(drafts: Sequence[_Draft], config: ExtractionConfig,
         shown = [strategy_text(s) for i in chosen if (s := draft.candidates[i].strategy)]
         prompts.append(filled(SCORING, count=str(len(chosen)), problem=_inside(draft.problem.prompt),
                               response=_inside(draft.response), candidates=candidates_text([*map(_inside, shown)])))
+    def unread(reply: Reply, i: int) -> int:
+        return sum(score is None for score in read_scores(reply.text, len(readable[i]))[0])
+
     todo = [i for i, chosen in enumerate(readable) if chosen]
     replies: dict[int, Reply] = {}
     for sample, stage in enumerate(("scores", "scores again")):
         requests = [Request(prompts[i], sample, 0.0 if sample == 0 else config.temperature, config.top_p,
                             config.max_tokens) for i in todo]
-        replies |= dict(zip(todo, asked(stage, requests), strict=True))
-        todo = [i for i in todo if any(s is None for s in read_scores(replies[i].text, len(readable[i]))[0])]
+        for i, reply in zip(todo, asked(stage, requests), strict=True):
+            if i not in replies or unread(reply, i) <= unread(replies[i], i):
+                replies[i] = reply
+        todo = [i for i in todo if unread(replies[i], i)]
     return [_chosen(d, readable[i], replies.get(i)) for i, d in enumerate(drafts)]
 
 

@@ -1,0 +1,260 @@
+"""The command `sgpo extract`: continuing after an interrupt, files of others, its output as training data, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+from extraction_world import BEST, KEY, MARKS, Bench, described, open_bench, problem
+from fault_server import Answer
+
+from sgpo_lib.cli import main
+from sgpo_lib.config import DataConfig, RewardConfig
+from sgpo_lib.extraction.pipeline import read_extractions
+from sgpo_lib.problems import load
+from sgpo_lib.rewards import Verifier
+
+
+@pytest.fixture(scope="module")
+def verifier() -> Iterator[Verifier]:
+    with Verifier(RewardConfig()) as v:
+        yield v
+
+
+@pytest.fixture
+def bench(verifier, tmp_path, monkeypatch) -> Iterator[Bench]:
+    with open_bench(verifier, tmp_path, monkeypatch) as found:
+        yield found
+
+
+# Continuing
+
+
+def started(bench: Bench, command: list[str]) -> subprocess.Popen:
+    """The command in a process of its own, once its first chunk is written and what came of the second is on disk."""
+    held = iter(range(100))
+    bench.world.told["delta", "first"] = lambda a: Answer(described([*MARKS][n := next(held)]), held=n >= 2)
+    process = subprocess.Popen([sys.executable, "-m", "sgpo_lib.cli", *command], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if bench.out.exists() and bench.out.read_text(encoding="utf-8").count("\n") == 2:
+            with closing(sqlite3.connect(bench.out.with_name("c.sqlite"), timeout=10)) as database:
+                if database.execute("SELECT count(*) FROM replies").fetchone()[0] == 2 * 6 + 5 + 2:
+                    return process
+        time.sleep(0.05)
+    process.kill()
+    raise AssertionError(process.communicate()[0])
+
+
+NAMES = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta"]
+
+
+def test_a_killed_run_continues_and_pays_nothing_twice(bench, capsys):
+    command = bench.command(*map(problem, NAMES))
+    process = started(bench, command)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert len(bench.server.answered) == 2 * 6 + 5 + 2
+    del bench.world.told["delta", "first"]
+    bench.world.came["delta", "first"] = 2  # the answers that were under way are lost
+    assert main(command) == 0
+    told = capsys.readouterr()
+    assert told.err == "" and "status: kept 6\n" in told.out and "24 requests, 7 from the cache, 0 failed" in told.out
+    lines = [json.loads(line) for line in bench.out.read_text(encoding="utf-8").splitlines()]
+    assert [row["id"] for row in lines] == NAMES and {row["strategy"] for row in lines} == {BEST.strategy}
+    assert Counter(a.key for a in bench.server.answered).most_common(1)[0][1] == 1 and len(bench.server.answered) == 36
+
+
+def test_a_second_process_on_one_file_is_refused_and_the_first_ends_well(bench, capsys):
+    command = bench.command(*map(problem, NAMES))
+    process = started(bench, command)
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert told == f"sgpo: {bench.out}: another process is writing it. Wait for it, or name another file\n"
+    bench.server.released.set()
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "status: kept 6\n" in text and KEY not in text
+    assert [e.problem.id for e in read_extractions(bench.out)] == NAMES and len(bench.server.asked) == 36
+
+
+@pytest.mark.parametrize("where", ["newline", "middle", "inside a letter", "first byte"])
+def test_a_last_line_that_was_cut_off_is_written_again_and_not_paid_again(bench, where):
+    bench.extract(problem("alpha"), problem("beta"))
+    data, asked = bench.out.read_bytes(), len(bench.server.asked)
+    line = data.index(b"\n") + 1
+    end = {"newline": len(data) - 1, "middle": len(data) - 300, "first byte": line + 1,
+           "inside a letter": data.rindex("∑".encode()) + 1}[where]  # fmt: skip
+    bench.out.write_bytes(data[:end])
+    assert [e.status for e in bench.extract(problem("alpha"), problem("beta"))] == ["kept", "kept"]
+    assert bench.out.read_bytes() == data and len(bench.server.asked) == asked
+
+
+@pytest.mark.parametrize(("fault", "told"), [
+    (lambda row: '{"id": "alpha", ', "Expecting property name"),
+    (lambda row: json.dumps({k: v for k, v in row.items() if k != "status"}), "status: missing"),
+    (lambda row: json.dumps({**row, "status": "fine"}), "status: got 'fine', expected one of kept, leaking"),
+    (lambda row: json.dumps({**row, "chosen": 5}), "chosen: got 5, expected the index of one of 5 candidates"),
+    (lambda row: json.dumps({**row, "candidates": [{"txt": "a"}]}), "candidates[0].txt: unknown field"),
+    (lambda row: json.dumps({**row, "candidates": 7}), ""),
+    (lambda row: json.dumps({**row, "notes": 7}), ""),
+    (lambda row: json.dumps({**row, "candidates": [{"text": "a", "leaks": [{"start": 1}]}]}), ""),
+    (lambda row: "[]", ""),
+    (lambda row: "", ""),
+])  # fmt: skip
+def test_a_faulty_line_is_named_and_the_file_left_as_it_is(bench, fault, told):
+    bench.extract(problem("alpha"), problem("beta"), candidates=5)
+    first, second = bench.out.read_text(encoding="utf-8").splitlines()
+    bench.out.write_text(f"{fault(json.loads(first))}\n{second}\n", encoding="utf-8")
+    before = bench.out.read_bytes()
+    with pytest.raises(ValueError) as caught:
+        bench.extract(problem("alpha"), problem("beta"))
+    assert str(caught.value).startswith(f"{bench.out}:1: ") and told in str(caught.value)
+    assert str(caught.value).endswith("Expected a line of sgpo extract") and bench.out.read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "change", "told"), [
+    ("engine", "gpt", "its lines are of 'gpt', this run asks 'm'"),
+    ("prompt", "Named alpha: another question?", "problem alpha has another text there"),
+    ("solution", r"Another response, another method: \boxed{1}", "problem alpha has another"),
+])  # fmt: skip
+def test_a_file_of_another_model_problem_or_response_is_refused(bench, name, change, told):
+    bench.extract(problem("alpha"), problem("beta"))
+    lines = [{**json.loads(line), **({name: change} if i == 0 else {})} for i, line in enumerate(
+        bench.out.read_text(encoding="utf-8").splitlines())]  # fmt: skip
+    bench.out.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+    before, asked = bench.out.read_bytes(), len(bench.server.asked)
+    with pytest.raises(ValueError) as caught:
+        bench.extract(problem("alpha"), problem("beta"), problem("gamma"))
+    assert told in str(caught.value) and str(caught.value).endswith("Name another file")
+    assert bench.out.read_bytes() == before and len(bench.server.asked) == asked
+
+
+def test_fewer_or_other_problems_may_be_asked_for_and_no_line_is_lost(bench):
+    bench.extract(problem("alpha"), problem("beta"))
+    bench.extract(problem("gamma"), problem("beta"))
+    assert [e.problem.id for e in read_extractions(bench.out)] == ["alpha", "beta", "gamma"]
+    assert len(bench.asked("beta")) == 6
+
+
+# Output and command
+
+
+def test_the_file_is_training_data_without_what_leaks(bench):
+    names = ["kept", "leak", "none", "wrong"]
+    asked = [*map(problem, names[:3]), problem("wrong", r"\boxed{3}")]
+    bench.world.told["leak", "first"] = [described("symmetry", f"Find {problem('leak').answer}")]
+    bench.world.told |= {("none", s): ["No."] for s in ("first", "again")}
+    assert [e.status for e in bench.extract(*asked)] == ["kept", "leaking", "no strategy", "left out"]
+    source = bench.command(*asked)[2]
+    data = DataConfig(problems=source, n_train=4, n_validation=0, n_test=0, strategies=str(bench.out))
+    splits = load(data)
+    assert {p.id: p.strategy for p in splits.train} == {"kept": BEST, "leak": None, "none": None, "wrong": None}
+    for told in (f"; 1 strategies of {bench.out} used, 0 for ids", "1 leaking passed", "1 left out passed",
+                 "1 no strategy passed"):  # fmt: skip
+        assert told in splits.source
+    data.leaking_strategies = True
+    splits = load(data)
+    assert {p.id for p in splits.train if p.strategy} == {"kept", "leak"} and "leaking" not in splits.source
+    assert next(p for p in splits.train if p.id == "leak").strategy.steps[-1].startswith("Find ")
+
+
+def test_the_command_tells_what_came_out(bench, capsys):
+    bench.world.told["beta", "first"] = [described("symmetry", f"Find {problem('beta').answer}")]
+    bench.world.told["gamma", "first"] = ["No.", *map(described, MARKS)]
+    command = bench.command(*map(problem, ["alpha", "beta", "gamma"]), problem("delta", ""))
+    assert main(command) == 0
+    told = capsys.readouterr()
+    assert told.err == "" and KEY not in told.out
+    for line in ("4 drawn", "status: kept 2; leaking 1; left out 1", "asked again: no problem type 1", "leaks: answer",
+                 "19 requests, 0 from the cache, 0 failed; 342 tokens", str(bench.out)):  # fmt: skip
+        assert line in told.out, line
+    assert main(command) == 0
+    again = capsys.readouterr().out
+    assert "status: kept 2; leaking 1; left out 1" in again and "0 requests" in again and len(bench.server.asked) == 19
+
+
+def test_no_strategy_at_all_is_told_by_the_exit_status(bench, capsys):
+    bench.world.told |= {("any", s): ["No."] for s in ("first", "again")}
+    assert main(bench.command(problem("alpha"))) == 1
+    told = capsys.readouterr()
+    assert "status: no strategy 1" in told.out and told.err == ""
+
+
+def test_the_limit_of_problems_and_the_settings_reach_the_server(bench):
+    settings = ["--count", "2", "--candidates", "3", "--temperature", "0.3", "--top-p", "0.5", "--max-tokens", "77"]
+    assert main([*bench.command(*map(problem, NAMES)), *settings]) == 0
+    assert len(read_extractions(bench.out)) == 2 and len(bench.server.asked) == 8
+    assert {a.body["max_tokens"] for a in bench.server.asked} == {77}
+    assert Counter((a.body["temperature"], a.body["top_p"]) for a in bench.server.asked) == {
+        (0.3, 0.5): 6, (0.0, 0.5): 2}  # fmt: skip
+
+
+ERRORS = [  # arguments, environment, words of the error
+    (["--engine", "openai:"], {}, "engine: got 'openai:', expected openai:MODEL, vllm:MODEL, transformers:MODEL"),
+    (["--engine", "gpt"], {}, "engine: got 'gpt', expected openai:MODEL"),
+    (["--source", "nowhere.jsonl"], {}, "got 'nowhere.jsonl'"),
+    (["--source", "testbed"], {}, "has no end: say how many problems"),
+    (["--source-args", "[1]"], {}, "--source-args: got '[1]', expected a YAML mapping"),
+    (["--source-args", "{split: "], {}, "--source-args: got '{split: '"),
+    (["--count", "9"], {}, "got 2 problems, wanted 9. Lower the count"),
+    (["--count", "-1"], {}, "count: got -1, expected"),
+    (["--candidates", "0"], {}, "candidates: got 0, expected 1 or more"),
+    (["--top-p", "2"], {}, "top_p 2.0, expected"),
+    (["--responses", "good"], {}, "responses: got 'good', expected 'correct', 'not wrong' or 'all'"),
+    (["--concurrency", "0"], {}, "got concurrency 0"),
+    (["--timeout", "0"], {}, "time limit of 0.0 s"),
+    (["--out", "FOLDER"], {}, "FOLDER"),
+    (["--out", "FILE/out.jsonl"], {}, "FILE"),
+    (["--cache", "FOLDER"], {}, "FOLDER: no reply cache"),
+    (["--cache", "FILE/c.sqlite"], {}, "FILE"),
+    ([], {"OPENAI_API_KEY": ""}, "OPENAI_API_KEY is not set"),
+    ([], {"OPENAI_BASE_URL": "http://127.0.0.1:port/v1"}, "OPENAI_BASE_URL"),
+    ([], {"OPENAI_API_KEY": "refused"}, "m: none of 10 requests was answered. The first: HTTP 401"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "environment", "told"), ERRORS)
+def test_an_error_of_the_command_is_one_line_and_status_2(bench, tmp_path, monkeypatch, capsys, arguments, environment,
+                                                          told):  # fmt: skip
+    places = {"FOLDER": str(tmp_path / "folder"), "FILE": str(tmp_path / "file")}
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    def put(text: str) -> str:
+        return next((text.replace(k, v) for k, v in places.items() if k in text), text)
+
+    refused = Answer(status=401, body={"error": {"message": "wrong key"}})
+    bench.world.told |= {("any", s): lambda a: "No." if KEY in a.authorization else refused for s in ("first", "again")}
+    assert main([*bench.command(problem("alpha"), problem("beta")), *map(put, arguments)]) == 2
+    written = capsys.readouterr()
+    assert written.err.startswith("sgpo: ") and written.err.count("\n") == 1 and put(told) in written.err
+    assert environment.get("OPENAI_API_KEY") or bench.server.asked == []
+
+
+def test_problems_without_a_response_or_with_an_unreadable_answer_are_named(bench, capsys):
+    assert main(bench.command(problem("alpha", ""), problem("beta", " "))) == 2
+    assert "no problem has a solution to distil, alpha, beta for example. Give them" in capsys.readouterr().err
+    command = bench.command(problem("alpha"), problem("beta"))
+    source = bench.out.with_name("problems.jsonl")
+    source.write_text(source.read_text(encoding="utf-8").replace(f'"{problem("beta").answer}"', r'"\\frac{1}{"'),
+                      encoding="utf-8")  # fmt: skip
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "1 of 2 gold answers cannot be read" in told and "line 2: answer: got" in told
+    assert main([*command, "--leave-out-unreadable"]) == 0
+    assert "1 with an unreadable gold answer left out" in capsys.readouterr().out
+    assert [e.problem.id for e in read_extractions(bench.out)] == ["alpha"]
+    source.write_text("", encoding="utf-8")
+    assert main(command) == 2 and "no problem" in capsys.readouterr().err
