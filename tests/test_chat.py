@@ -88,8 +88,8 @@ def test_a_passing_fault_costs_one_retry_and_no_reply(serve):
 
 def test_retry_after_is_honoured(serve):
     """The client's own first pause is at most half a second."""
-    server, endpoint = serve(
-        lambda a: echo(a) if a.attempt else Answer(status=429, body={}, headers={"Retry-After": "1"}))
+    full = Answer(status=429, body={}, headers={"Retry-After": "1"})
+    server, endpoint = serve(lambda a: echo(a) if a.attempt else full)
     assert ask(endpoint, requests("q"))[0].text == "answer to q"
     assert server.asked[1].at - server.asked[0].at >= 1.0
 
@@ -174,8 +174,7 @@ def test_the_key_is_in_no_error_and_not_on_disk(serve, monkeypatch, tmp_path, ke
     monkeypatch.setenv("OPENAI_API_KEY", key)
     server, endpoint = serve(script, retries=0)
     replies = ask(Cached(endpoint, tmp_path / "c.sqlite"), requests("401", "html", "good"))
-    assert all(r.error for r in replies[:2])
-    assert KEY[3:] not in " ".join(r.error for r in replies)
+    assert all(r.error for r in replies[:2]) and KEY[3:] not in " ".join(r.error for r in replies)
     assert all(KEY[3:].encode() not in f.read_bytes() for f in tmp_path.iterdir())
     assert key != KEY or (replies[2].text == "fine" and len(server.asked) == 3)
 
@@ -263,8 +262,7 @@ def test_an_interrupt_keeps_what_was_paid_and_asks_nothing_more(serve, tmp_path)
     assert len(server.answered) == len(server.asked) < 8
     replies = ask(Cached(endpoint, path), wanted)
     assert [r.text for r in replies] == [r.prompt for r in wanted]
-    assert replies[0].cached, "what had arrived is lost"
-    assert len(server.answered) == 8, f"{len(server.answered) - 8} replies were paid twice"
+    assert replies[0].cached and len(server.answered) == 8, f"{len(server.answered) - 8} replies were paid twice"
 
 
 ASKER = """
@@ -336,7 +334,7 @@ def test_the_model_of_this_process_answers_each_request_whatever_the_others(loca
     for r, reply in zip(wanted, replies, strict=True):
         assert not reply.error and 0 < reply.tokens <= r.max_tokens and reply.prompt_tokens > 6
         assert reply.stop == "end" or (reply.stop, reply.tokens) == ("length", r.max_tokens)
-        assert "<answer>" not in reply.text and "<pad>" not in reply.text
+        assert "<" not in reply.text  # no special token
     drawn = {ask(local, [Request("what is 2 + 3?", i, 1.0, 1.0, 12)])[0].text for i in range(4)}
     coldest = {ask(local, [Request("what is 2 + 3?", i, 0.0, 1.0, 12)])[0].text for i in range(4)}
     assert len(drawn) > 1 and len(coldest) == 1

@@ -13,7 +13,8 @@ from extraction_world import BEST, MARKS, Bench, described, open_bench, problem
 from fault_server import HTML, Answer
 
 from sgpo_lib.config import RewardConfig
-from sgpo_lib.extraction.pipeline import read_extractions, summary
+from sgpo_lib.extraction.chat import Endpoint
+from sgpo_lib.extraction.pipeline import ExtractionConfig, read_extractions, rescore, summary
 from sgpo_lib.extraction.records import Extraction
 from sgpo_lib.prompts import strategy_text
 from sgpo_lib.records import Strategy
@@ -137,6 +138,21 @@ def test_a_leaking_winner_is_in_quarantine_and_a_leaking_loser_is_not_chosen(ben
     assert beta.best.leaks == () and sum(bool(c.leaks) for c in beta.candidates) == 1
     assert not any(c.leaks for c in gamma.candidates)
     assert sum(summary(found)["leaks"].values()) == 2 and summary(found)["status"] == {"leaking": 1, "kept": 2}
+
+
+def test_another_scorer_chooses_anew_and_quarantine_follows_the_choice(bench):
+    answer = problem("alpha").answer
+    bench.world.told["alpha", "first"] = [described(t, f"Find {answer}" if t == "squares" else "Add") for t in MARKS]
+    found = bench.extract(problem("alpha"), problem("beta"), problem("gamma", r"\boxed{7}"))
+    assert [e.status for e in found] == ["kept", "kept", "left out"]
+    bench.world.told["any", "scores"] = lambda a: "Score: " + str(
+        [float(t == "squares") for t in re.findall("Strategy: Use ([a-z]+)", a.prompt)])
+    alpha, beta, gamma = again = rescore(found, Endpoint("m"), ExtractionConfig())
+    assert [e.status for e in again] == ["leaking", "kept", "left out"] and gamma == found[2]
+    assert alpha.best.strategy.strategy == beta.best.strategy.strategy == "Use squares to see it whole"
+    assert alpha.best.leaks and alpha.best.score == 1.0
+    bench.world.told.clear()
+    assert rescore(again, Endpoint("m"), ExtractionConfig()) == found
 
 
 # Responses

@@ -99,6 +99,13 @@ def test_a_last_line_that_was_cut_off_is_written_again_and_not_paid_again(bench,
     assert bench.out.read_bytes() == data and len(bench.server.asked) == asked
 
 
+def test_reading_a_file_that_is_being_written_leaves_it_alone(bench):
+    (alpha, _) = bench.extract(problem("alpha"), problem("beta"))
+    half = bench.out.read_bytes()[:-100]
+    bench.out.write_bytes(half)
+    assert read_extractions(bench.out) == [alpha] and bench.out.read_bytes() == half
+
+
 @pytest.mark.parametrize(("fault", "told"), [
     (lambda row: '{"id": "alpha", ', "Expecting property name"),
     (lambda row: json.dumps({k: v for k, v in row.items() if k != "status"}), "status: missing"),

@@ -157,8 +157,7 @@ def test_no_step_or_part_that_holds_marks_alone_becomes_an_empty_text():
 
 def test_an_escaped_half_of_a_surrogate_pair_in_json_cannot_break_the_file():
     reply = json.dumps({"problem_type": TYPE, "strategy": WAY, "steps": STEPS}).replace("Linear", r"\ud83d Linear")
-    found, _ = read_strategy_reply(reply)
-    assert found is None or strategy_text(found).encode("utf-8")
+    assert (found := read_strategy_reply(reply)[0]) is None or strategy_text(found).encode("utf-8")
 
 
 _WORD = st.builds(str.__add__, st.text(st.characters(categories=("Ll", "Lu", "Lo", "Nd")), min_size=1, max_size=7),
@@ -268,7 +267,7 @@ def test_a_reply_without_scores_says_so(reply: str):
 ])  # fmt: skip
 def test_another_number_of_scores_is_a_reason_with_both_counts(given_scores: str, reason: str):
     scores, reasons = read_scores(f"Score: [{given_scores}]", 5)
-    assert len(scores) == 5 and scores[-1] is None and reason in reasons
+    assert len(scores) == 5 and scores[-1] is None and any(r.startswith(reason) for r in reasons)
     assert "many" not in reason or scores == [None] * 5  # whose is the sixth?
 
 

@@ -238,7 +238,8 @@ def test_no_text_raises_and_every_span_lies_in_it(text: str):
     "1", "7 ", "1,", "1.", "9.5 ", "(", ")", "-", "- ", "+", "= ", "^", "²", "√", "½", "π", "x", "x ", "b", "x^2 + ",
     "x_1", "a^", "x = ", "$", "$1", "\\(", "\\[", "\\frac", "\\frac{", "\\frac{1}{", "\\sqrt{", "\\boxed{", "{", "}",
     "{}", "\n", "\\{", "two ", "two two two ", "one thousand ", "one hundred and ", "two and a ", "half of ",
-    "two times ", "pi ", "nine choose ", "the square root of ", "one point ", "3 in ", "a third ", "1e9", "٣", "ln 2 ", "5!",
+    "two times ", "pi ", "nine choose ", "the square root of ", "one point ", "3 in ", "a third ", "1e9", "٣", "ln 2 ",
+    "5!",
 ])  # fmt: skip
 def test_long_runs_of_anything_are_read_in_time(piece: str):
     for length, seconds in ((60, 2), (5_000, 5), (100_000, 20)):
