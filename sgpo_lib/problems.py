@@ -133,24 +133,27 @@ def _split(rows: Distinct, wanted: Mapping[str, int], seed: int, source: str) ->
 def _with_strategies(parts: Parts, source: str, path: Path, leaking: bool) -> tuple[Parts, str]:
     """The problems with the strategies of a file, which replace their own, and the longer description.
 
-    Lines of `sgpo extract` that hold no strategy or one in quarantine (`status`) are passed over and counted;
-    `leaking` takes the latter all the same.
+    Lines of `sgpo extract` or of the inspector whose strategy is missing, in quarantine or rejected (`status`) are
+    passed over, and their problems are not trained on; `leaking` takes the quarantined ones all the same.
     """
     found: dict[str, tuple[str, Strategy]] = {}
-    passed: Counter[str] = Counter()
+    passed: dict[str, str] = {}
 
     def parse(raw: dict[str, Any], at: str) -> None:
         status = text(raw, "status", "kept")
         if status != "kept" and not (leaking and status == "leaking"):
-            passed[status] += 1
+            passed[text(raw, "id")] = status
             return
         first, _ = found.setdefault(text(raw, "id"), (at, strategy(raw, "")))
         if first != at:
             raise ValueError(f"id: got {raw['id']!r}, which {first} has too: keep one strategy per problem")
 
     read(path, parse, "data.strategies", "a JSONL file")
-    merged = {n: [dataclasses.replace(p, strategy=found[p.id][1]) if p.id in found else p for p in part]
-              for n, part in parts.items()}  # fmt: skip
+    merged = {n: [dataclasses.replace(p, strategy=found[p.id][1]) if p.id in found else p for p in part
+                  if n != "train" or p.id not in passed] for n, part in parts.items()}  # fmt: skip
     used = sum(p.id in found for part in parts.values() for p in part)
     told = f"{source}; {used} strategies of {path} used, {len(found) - used} for ids that are in no split"
-    return merged, told + "".join(f", {count} {status} passed over" for status, count in sorted(passed.items()))
+    counts = sorted(Counter(passed.values()).items())
+    left = len(parts["train"]) - len(merged["train"])
+    told += "".join(f", {count} {status} passed over" for status, count in counts)
+    return merged, told + (f"; {left} training problems left out with them" if left else "")

@@ -210,7 +210,7 @@ def _same_when_printed(expression: Any) -> None:
 
     if not isinstance(expression, sympy.Expr):
         return
-    printed = sympy.latex(expression, ln_notation=True)
+    printed = sympy.latex(expression.doit(), ln_notation=True)
     again = _parse(normalise(printed))
     if not isinstance(again, sympy.Expr):
         return  # a printer's form that the parser does not know says nothing about the gold

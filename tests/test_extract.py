@@ -247,7 +247,7 @@ def test_a_failed_request_is_repeated_as_it_was(bench):
 def test_a_scoring_call_that_failed_is_asked_again_and_nothing_else(bench):
     bench.world.told["alpha", "scores"] = [Answer(status=400, body={})]
     (alpha, beta) = bench.extract(problem("alpha"), problem("beta"))
-    assert noted(alpha) == ["error", "chosen without a score"] and beta.notes == ()
+    assert {"error", "chosen without a score"} <= {*noted(alpha)} and beta.notes == ()
     del bench.world.told["alpha", "scores"]
     before = len(bench.server.asked)
     (alpha, beta) = bench.extract(problem("alpha"), problem("beta"))

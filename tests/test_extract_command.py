@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 from extraction_world import BEST, KEY, MARKS, Bench, described, open_bench, problem
@@ -19,6 +21,7 @@ from fault_server import Answer
 
 from sgpo_lib.cli import main
 from sgpo_lib.config import DataConfig, RewardConfig
+from sgpo_lib.extraction.command import open_chat
 from sgpo_lib.extraction.pipeline import read_extractions
 from sgpo_lib.problems import load
 from sgpo_lib.rewards import Verifier
@@ -169,8 +172,7 @@ def test_the_file_is_training_data_without_what_leaks(bench):
     for told in (f"; 1 strategies of {bench.out} used, 0 for ids", "1 leaking passed", "1 left out passed",
                  "1 no strategy passed"):  # fmt: skip
         assert told in splits.source
-    data.leaking_strategies = True
-    splits = load(data)
+    splits = load(replace(data, leaking_strategies=True))
     assert {p.id for p in splits.train if p.strategy} == {"kept", "leak"} and "leaking" not in splits.source
     assert next(p for p in splits.train if p.id == "leak").strategy.steps[-1].startswith("Find ")
 
@@ -207,7 +209,6 @@ def test_the_limit_of_problems_and_the_settings_reach_the_server(bench):
 
 
 ERRORS = [  # arguments, environment, words of the error
-    (["--engine", "openai:"], {}, "engine: got 'openai:', expected openai:MODEL, vllm:MODEL, transformers:MODEL"),
     (["--engine", "gpt"], {}, "engine: got 'gpt', expected openai:MODEL"),
     (["--source", "nowhere.jsonl"], {}, "got 'nowhere.jsonl'"),
     (["--source", "testbed"], {}, "has no end: say how many problems"),
@@ -218,8 +219,6 @@ ERRORS = [  # arguments, environment, words of the error
     (["--candidates", "0"], {}, "candidates: got 0, expected 1 or more"),
     (["--top-p", "2"], {}, "top_p 2.0, expected"),
     (["--responses", "good"], {}, "responses: got 'good', expected 'correct', 'not wrong' or 'all'"),
-    (["--concurrency", "0"], {}, "got concurrency 0"),
-    (["--timeout", "0"], {}, "time limit of 0.0 s"),
     (["--out", "FOLDER"], {}, "FOLDER"),
     (["--out", "FILE/out.jsonl"], {}, "FILE"),
     (["--cache", "FOLDER"], {}, "FOLDER: no reply cache"),
@@ -248,6 +247,19 @@ def test_an_error_of_the_command_is_one_line_and_status_2(bench, tmp_path, monke
     written = capsys.readouterr()
     assert written.err.startswith("sgpo: ") and written.err.count("\n") == 1 and put(told) in written.err
     assert environment.get("OPENAI_API_KEY") or bench.server.asked == []
+
+
+@pytest.mark.parametrize(("name", "settings", "told"), [
+    ("openai:", {}, "engine: got 'openai:', expected openai:MODEL, vllm:MODEL, transformers:MODEL"),
+    ("openai", {}, "engine: got 'openai', expected openai:MODEL"),
+    ("OpenAI:m", {}, "engine: got 'OpenAI:m', expected openai:MODEL"),
+    ("openai:m", {"concurrency": 0}, "got concurrency 0 and a time limit of 600.0 s, expected 1 or more and above 0"),
+    ("openai:m", {"timeout_s": 0}, "got concurrency 16 and a time limit of 0 s"),
+])  # fmt: skip
+def test_an_engine_that_cannot_be_is_refused_with_what_can(bench, name, settings, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        open_chat(name, **settings)
+    assert open_chat("openai:org/model:tag").model == "org/model:tag"
 
 
 def test_problems_without_a_response_or_with_an_unreadable_answer_are_named(bench, capsys):

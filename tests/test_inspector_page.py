@@ -58,7 +58,7 @@ def test_the_page_asks_no_other_machine_for_anything():
     assert not re.search(r"https?:|//|url\(|@import|@font-face|expression\(", STYLE)
     katex = KATEX.read_text(encoding="utf-8")
     assert set(re.findall(r"https?://[\w.-]+", katex)) <= {"http://www.w3.org"}  # names of MathML and SVG
-    assert not re.search(r"\bfetch\(|XMLHttpRequest|WebSocket|\bimport\(", katex)
+    assert not re.search(r"\bfetch\([^)]|XMLHttpRequest|WebSocket|\bimport\(", katex)  # its parser has a fetch()
     remote = r"https?://(?!www\.w3\.org/)|url\(\s*[\"']?(?:https?:)?//"
     assert not re.search(remote, str(StrategyInspector._esm)) and not re.search(remote, str(StrategyInspector._css))
 
@@ -69,6 +69,26 @@ def test_the_page_parses_no_text_as_html_and_runs_none():
         assert way not in SCRIPT, way
     assert set(re.findall(r"setAttribute\(\"(\w[\w-]*)\"", SCRIPT)) <= {"title", "data-lm-suppress-shortcuts"}
     assert len(re.findall(r"katex\.render", SCRIPT)) == 1 and "trust: true" not in SCRIPT
+
+
+HOSTILE = '<img src=x onerror="alert(1)"></script><script>alert(2)</script>$\\href{javascript:alert(3)}{x}$'
+
+
+def test_model_text_reaches_the_page_as_it_is(tmp_path):
+    e = Extraction(Problem(HOSTILE, HOSTILE, HOSTILE, solution=HOSTILE, family=HOSTILE), (
+        Candidate(HOSTILE, Strategy(HOSTILE, HOSTILE, (HOSTILE, "b")), comment=HOSTILE),
+        Candidate(HOSTILE, reason=HOSTILE)), 0, "kept", (HOSTILE,))  # fmt: skip
+    with Verifier(RewardConfig()) as verifier:
+        inspector = StrategyInspector([e], tmp_path / "d.jsonl", verifier)
+        inspector._handle_custom_msg({"id": HOSTILE, "decision": "accepted", "comment": HOSTILE}, [])
+    item, row, told = inspector.item, inspector.index[0], inspector.told
+    shown = [item[k] for k in ("id", "problem", "answer", "solution", "subject", "comment")]
+    shown += [*item["notes"], row["id"], row["subject"], item["candidates"][0]["comment"]]
+    shown += [item["candidates"][1]["raw"], item["candidates"][1]["reason"]]
+    shown += [part["text"] for part in item["candidates"][0]["parts"][:3]]
+    assert shown == [HOSTILE] * 15 and told.startswith(f"{HOSTILE}: accepted")
+    (line,) = (tmp_path / "d.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(line)["strategy"] == json.loads(line)["comment"] == HOSTILE
 
 
 @pytest.mark.parametrize("tex", [
@@ -104,13 +124,13 @@ console.log(JSON.stringify({text: flat(box), marks: box.children.filter((n) => n
 
 @pytest.mark.parametrize("steps, marks", [
     (("Read both", "Since the result is 42, state it"), [[], ["42"]]),
-    (("Let 𝑥 and 𝑦 be free, then 𝑥 = 42", "Write 42 <b>down</b>"), [["42"], ["42"]]),
+    (("Let 𝑥 and 𝑦 be free, then 𝑥 = 42", "Write 42 down"), [["42"], ["42"]]),
     (("The answer is 42; once more, the answer is 42", "Stop"), [["42", "42"], []]),
     (("𝑥 stands for it; $42$ is the answer, a😀b 42", "Check"), [["$42$", "42"], []]),
 ])  # fmt: skip
 def test_leaks_are_marked_at_their_own_characters(tmp_path, steps, marks):
     """Python counts characters, JavaScript UTF-16 units: they differ after 𝑥."""
-    problem, strategy = Problem("a", "What is 17 + 25?", "42", solution="\\boxed{42}"), Strategy("Sum", "Add", steps)
+    problem, strategy = Problem("a", "How many?", "42", solution="\\boxed{42}"), Strategy("Sum", "Add", steps)
     with Verifier(RewardConfig()) as verifier:
         (leaks,) = find_leaks([(problem, strategy)], verifier)
         found = [Extraction(problem, (Candidate("", strategy, leaks=leaks),), 0, "leaking")]

@@ -182,7 +182,7 @@ GOLDS = ["", " ", "?", "none", "NaN", "yes", r"\text{Tuesday}", "f(x)=x^2+1", r"
 def test_no_gold_raises_and_none_makes_a_harmless_text_leak(verifier: Verifier):
     harmless = told("Name the unknown, write an equation $ax=b$ for it and solve that")
     items = [(Problem(f"gold {i}", "A question without numbers.", gold), harmless) for i, gold in enumerate(GOLDS)]
-    with within(120):
+    with within(30):
         found = find_leaks(items, verifier)
     assert {gold[:30]: leaks for gold, leaks in zip(GOLDS, found, strict=True) if leaks} == {}
 
@@ -199,7 +199,7 @@ def test_no_hostile_text_raises_wherever_it_stands(place: str, verifier: Verifie
                         solution=text if place == "solution" else r"It is \boxed{198}.")
                 for i, (text, gold) in enumerate(itertools.product(HOSTILE, ["198", r"\sqrt{2}"]))]  # fmt: skip
     items = [(p, told(HOSTILE[i // 2] if place == "strategy" else "It is 198.5")) for i, p in enumerate(problems)]
-    with within(120):
+    with within(30):
         found = find_leaks(items, verifier)
     assert len(found) == len(items)
     for (_, strategy), leaks in zip(items, found, strict=True):

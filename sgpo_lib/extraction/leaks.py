@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from sgpo_lib.answers import clean, exact, normalise
-from sgpo_lib.extraction.mentions import Mention, mentions
+from sgpo_lib.extraction.mentions import Mention, arithmetic, mentions
 from sgpo_lib.extraction.records import Leak
 from sgpo_lib.prompts import strategy_text
 from sgpo_lib.records import Problem, Strategy
@@ -114,8 +114,8 @@ def _known(problem: Problem) -> _Known:
             if m.form == "relation" and text is problem.solution:
                 sides = [s for s in m.tex.split("=") if s.strip()]
                 known.equations += [f"{a}={b}" for a, b in itertools.pairwise(sides)]
-            if m.value is not None:
-                values.add(abs(m.value))
+            if m.value is not None and (values is known.solved or exact(m.tex) is not None):
+                values.add(abs(m.value))  # what the problem leaves to compute is not said
                 if "%" in m.tex:
                     values.add(m.value * 100)
     known.said |= {Fraction(n) for n in re.findall(r"\d+(?:\.\d+)?", problem.prompt)}
@@ -168,6 +168,8 @@ def _leak(text: str, m: Mention, known: _Known, equal: bool, equal_to_step: bool
         kind, form = "answer", "share"
     if m.form == "ratio" and kind != "answer":
         return None
+    if not kind and _computed(m, known):
+        kind, form = "intermediate", "computation"
     if not kind and m.value is not None and abs(m.value) in known.solved - known.said and not _set_up(m, known):
         stated = _result(text, m, before) and not m.side and abs(m.value) > 1
         if m.value not in _CONVENTIONAL or stated:
@@ -181,6 +183,16 @@ def _leak(text: str, m: Mention, known: _Known, equal: bool, equal_to_step: bool
 def _result(text: str, m: Mention, before: str) -> bool:
     """Whether the text presents the mention as a result."""
     return _RESULT.search(before) is not None and not re.match(r"\s*(?:steps?|cases?|times|ways? to)\b", text[m.end :])
+
+
+def _computed(m: Mention, known: _Known) -> bool:
+    """Whether it carries out arithmetic (600/60 = 10) that the problem does not show."""
+    sides = m.tex.split("=")
+    if m.form != "relation" or m.side or len(sides) != 2 or _squeezed(m.text) in known.said_tex:
+        return False
+    worked, result = (arithmetic(side) for side in sides)
+    return None not in (worked, result) and worked == result and exact(sides[0]) is None and \
+        re.search(r"\d.*[-+*/^]|\\cdot|\\times|\\frac", sides[0]) is not None  # fmt: skip
 
 
 def _set_up(m: Mention, known: _Known) -> bool:

@@ -132,7 +132,7 @@ def _mention(start: int, end: int, raw: str, inner: str, *, side: bool) -> Menti
     ratio = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", tex.replace(" ", ""))
     value = Fraction(ratio[1]) / Fraction(ratio[2]) if ratio and Fraction(ratio[2]) else exact(tex)
     if value is None:
-        value = _arithmetic(tex)
+        value = arithmetic(tex)
     form = "relation" if _RELATION.search(inner) and not side else "number" if value is not None else "expression"
     return Mention(start, end, raw, tex, value if form == "number" else None, form, side)
 
@@ -142,7 +142,7 @@ def _vulgar(match: re.Match[str]) -> str:
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
-def _arithmetic(tex: str) -> Fraction | None:
+def arithmetic(tex: str) -> Fraction | None:
     """Value of sums, products and integer powers of plain numbers; None for anything else."""
     plain = re.sub(r"\\(?:d|t|c)?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", tex)
     plain = re.sub(r"\\(?:cdot|times) ?", "*", plain).replace("{", "(").replace("}", ")").replace(" ", "")

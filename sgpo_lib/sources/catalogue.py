@@ -75,6 +75,8 @@ def sample(source: Source, count: int, seed: int) -> list[Problem]:
 
     The same seed draws the same problems, and fewer are a part of more. Raises ValueError where there are not enough.
     """
+    if count < 0:
+        raise ValueError(f"count: got {count}, expected 0 (all) or more")
     if source.rows is not None:
         problems = [problem for problem, _ in source.rows.problems()]
         if count > len(problems):
@@ -84,8 +86,11 @@ def sample(source: Source, count: int, seed: int) -> list[Problem]:
         raise ValueError(f"{source.name} has no end: say how many problems (count)")
     assert source.stream is not None
     found: dict[str, Problem] = {}
+    ids: set[str] = set()
     for problem in itertools.islice(source.stream, 1000 + DRAWS * count):
-        found.setdefault(normalised(problem.prompt), problem)
+        if problem.id not in ids:
+            found.setdefault(normalised(problem.prompt), problem)
+        ids.add(problem.id)
         if len(found) == count:
             return list(found.values())
     raise ValueError(f"{source.name}: got {len(found)} distinct problems in {1000 + DRAWS * count} draws, wanted "

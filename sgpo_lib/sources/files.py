@@ -75,6 +75,9 @@ def _parquet(path: Path) -> Iterator[Row]:
         table = parquet.ParquetFile(path)
     except arrow.ArrowInvalid as error:  # the user's file
         raise ValueError(f"{path}: no Parquet file ({error})") from error
-    for batch in table.iter_batches(1000):
-        for row in batch.to_pylist():
-            yield functools.partial(dict, row)
+    try:
+        for batch in table.iter_batches(1000):
+            for row in batch.to_pylist():
+                yield functools.partial(dict, row)
+    except OSError as error:  # a damaged page
+        raise ValueError(f"{path}: damaged Parquet file ({error})") from error

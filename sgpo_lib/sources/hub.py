@@ -35,6 +35,11 @@ def hub_problems(name: str, *, split: str = "train", fields: Mapping[str, str] |
     """
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(f"hub:{name}: the package `datasets` is not installed: pip install sgpo-workbench[extract]")
+    if not isinstance(fields or {}, Mapping) or not all(isinstance(path, str) for path in (fields or {}).values()):
+        raise ValueError(f"problem_args.fields of hub:{name}: got {fields!r}, expected a mapping of field to column, "
+                         "for example {answer: gold}")
+    if not (isinstance(split, str) and split):
+        raise ValueError(f"problem_args.split of hub:{name}: got {split!r}, expected the name of a split (train)")
     for field in (f for f in fields or {} if f not in _NAMES):
         raise unknown(f"field in problem_args.fields of hub:{name}", field, _NAMES)
     datasets = importlib.import_module("datasets")

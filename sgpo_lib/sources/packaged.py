@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,19 @@ def collection_problems() -> Distinct:
     found = Distinct("collection")
     for row in collection_rows():
         best = max(row["candidates"], key=lambda c: sum(c["scores"].values()))
-        found.add({"id": row["id"], "prompt": row["problem"].strip(), "answer": row["answer"],
-                   "solution": row["solution"].strip(), "family": row["subject"],
+        found.add({"id": row["id"], "prompt": _unwrapped(row["problem"]), "answer": row["answer"],
+                   "solution": _unwrapped(row["solution"]), "family": row["subject"],
                    "strategy": {k: best[k] for k in ("problem_type", "strategy", "steps")},
                    "level": row["level"], "candidates": row["candidates"]}, row["id"])  # fmt: skip
     return found
 
 
+def _unwrapped(text: str) -> str:
+    """Paragraphs on one line each; the files wrap them."""
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", text.strip())
+
+
+@functools.cache
 def champ_problems() -> Distinct:
     """The 270 competition problems of CHAMP (Mao, Kim and Zhou, 2024, MIT), solution steps as lines; hints in `meta`.
 

@@ -19,11 +19,12 @@ from typing import Any
 
 import anywidget
 import traitlets
+from filelock import FileLock, Timeout
 
 from sgpo_lib.extraction.leaks import find_leaks
 from sgpo_lib.extraction.quality import Bands
 from sgpo_lib.extraction.records import CRITERIA, Candidate, Extraction
-from sgpo_lib.prompts import strategy_parts
+from sgpo_lib.prompts import strategy_parts, strategy_text
 from sgpo_lib.records import Strategy
 from sgpo_lib.rewards import Verifier
 from sgpo_lib.runs import write_atomic
@@ -93,7 +94,7 @@ class StrategyInspector(anywidget.AnyWidget):
     def _candidates(self, e: Extraction) -> list[Candidate]:
         """The candidates, the picked one with a person's wording where there is one."""
         candidates, decision = list(e.candidates), self.decisions.get(e.problem.id, {})
-        if decision.get("edited"):
+        if decision.get("edited") and candidates:
             i, new = self._pick(e), read_strategy(decision, "")
             candidates[i] = dataclasses.replace(candidates[i], strategy=new, leaks=self._leaks(e, new))
         return candidates
@@ -118,9 +119,11 @@ class StrategyInspector(anywidget.AnyWidget):
     def _receive(self, _: Any, content: Any, __: Any) -> None:
         """A decision from the page. What is wrong with it is shown there; nothing is lost."""
         try:
+            if not isinstance(content, dict) or not {"id", "decision"} <= set(content):
+                raise ValueError(f"got {content!r}, expected a message with id and decision")
             self.decide(content["id"], content["decision"], content.get("candidate"), content.get("comment", ""),
                         content.get("edited"))
-        except (ValueError, KeyError, TypeError, OSError) as error:  # from the browser, and the disk
+        except (ValueError, TypeError, OSError, Timeout) as error:  # from the browser, and the disk
             self.told = f"not stored: {error}"
 
     def decide(self, problem_id: str, decision: str, candidate: int | None = None, comment: str = "",
@@ -135,8 +138,11 @@ class StrategyInspector(anywidget.AnyWidget):
                              f"{', '.join(ACTIONS)} about a problem that is shown")
         e, before = self.found[place], self.decisions.get(problem_id, {})
         picked = self._pick(e) if candidate is None else candidate
-        if not 0 <= picked < len(e.candidates):
-            raise ValueError(f"candidate: got {picked}, expected 0 to {len(e.candidates) - 1}")
+        if type(picked) is not int or not 0 <= picked < len(e.candidates):
+            expected = f"0 to {len(e.candidates) - 1}" if e.candidates else "none: this problem has no candidates"
+            raise ValueError(f"candidate: got {picked!r}, expected {expected}")
+        if not isinstance(comment, str):
+            raise ValueError(f"comment: got {comment!r}, expected text")
         same = before.get("edited") and before.get("candidate") == picked
         new = read_strategy(edited, "") if edited else read_strategy(before, "") if same else \
             e.candidates[picked].strategy  # fmt: skip
@@ -147,8 +153,10 @@ class StrategyInspector(anywidget.AnyWidget):
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}  # fmt: skip
         if new is not None:
             line |= {"problem_type": new.problem_type, "strategy": new.strategy, "steps": list(new.steps)}
-        after = {**self.decisions, problem_id: line}
-        write_atomic(self.path, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in after.values()))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock", timeout=10):  # another inspector may write the same file
+            after = {**read_decisions(self.path), problem_id: line}
+            write_atomic(self.path, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in after.values()))
         self.decisions = after
         self.index = [self._row(i) if i == place else row for i, row in enumerate(self.index)]
         self.told = f"{problem_id}: {decision}, stored in {self.path}"
@@ -159,21 +167,33 @@ class StrategyInspector(anywidget.AnyWidget):
 def _candidate(candidate: Candidate) -> dict[str, Any]:
     """What the page needs of a candidate: parts with the offsets of their texts, scores, leaks, reasons."""
     parts = strategy_parts(candidate.strategy) if candidate.strategy else []
-    return {"parts": [{"label": label, "text": body, "start": start} for label, body, start in parts],
+    whole = strategy_text(candidate.strategy) if candidate.strategy else ""
+
+    def place(at: int) -> int:  # in UTF-16 units, in which the page counts
+        return len(whole[:at].encode("utf-16-le")) // 2
+
+    return {"parts": [{"label": label, "text": body, "start": place(start)} for label, body, start in parts],
             "raw": "" if parts else candidate.text, "reason": candidate.reason, "score": candidate.score,
             "quality": candidate.quality, "criteria": dict(candidate.criteria or {}), "kind": candidate.kind,
-            "comment": candidate.comment, "leaks": [dataclasses.asdict(leak) for leak in candidate.leaks],
+            "comment": candidate.comment,
+            "leaks": [{**dataclasses.asdict(leak), "start": place(leak.start), "end": place(leak.end)}
+                      for leak in candidate.leaks],
             "strategy": dataclasses.asdict(candidate.strategy) if candidate.strategy else None}  # fmt: skip
 
 
 def read_decisions(path: Path) -> dict[str, dict[str, Any]]:
     """Decisions by problem id; none where there is no file. Raises ValueError with file, line and field."""
     found: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), start=1):
+        if not line.strip():
+            continue
         try:
-            raw = json.loads(line)
+            raw = json.loads(line.decode("utf-8"))
             if not isinstance(raw, dict) or raw.get("decision") not in ACTIONS:
-                raise ValueError(f"decision: expected one of {', '.join(ACTIONS)}")
+                shown = raw.get("decision") if isinstance(raw, dict) else raw
+                raise ValueError(f"decision: got {shown!r}, expected one of {', '.join(ACTIONS)}")
+            if raw.get("edited"):
+                read_strategy(raw, "")
             found[text(raw, "id")] = raw
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}. Expected a line of the strategy inspector") from error
