@@ -28,8 +28,9 @@ from sgpo_lib.prompts import strategy_parts, strategy_text
 from sgpo_lib.records import Strategy
 from sgpo_lib.rewards import Verifier
 from sgpo_lib.runs import write_atomic
+from sgpo_lib.sources.files import read
+from sgpo_lib.sources.rows import got, text
 from sgpo_lib.sources.rows import strategy as read_strategy
-from sgpo_lib.sources.rows import text
 
 _HERE = Path(__file__).parent
 ACTIONS = ("accepted", "rejected", "undecided")
@@ -184,17 +185,15 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
 def read_decisions(path: Path) -> dict[str, dict[str, Any]]:
     """Decisions by problem id; none where there is no file. Raises ValueError with file, line and field."""
     found: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), start=1):
-        if not line.strip():
-            continue
-        try:
-            raw = json.loads(line.decode("utf-8"))
-            if not isinstance(raw, dict) or raw.get("decision") not in ACTIONS:
-                shown = raw.get("decision") if isinstance(raw, dict) else raw
-                raise ValueError(f"decision: got {shown!r}, expected one of {', '.join(ACTIONS)}")
-            if raw.get("edited"):
-                read_strategy(raw, "")
-            found[text(raw, "id")] = raw
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}. Expected a line of the strategy inspector") from error
+
+    def parse(raw: dict[str, Any], _: str) -> None:
+        if raw.get("decision") not in ACTIONS:
+            raise ValueError(f"decision: {got(raw.get('decision'))}, expected one of {', '.join(ACTIONS)}, as the "
+                             "strategy inspector writes them")
+        if raw.get("edited"):
+            read_strategy(raw, "")
+        found[text(raw, "id")] = raw
+
+    if path.exists():
+        read(path, parse, "decisions", "a file of the strategy inspector")
     return found
