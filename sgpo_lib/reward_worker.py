@@ -144,7 +144,7 @@ def _agree_at_samples(g: Any, a: Any) -> bool | None:
         point = {s: sympy.Rational(137 * (k + 2) + 61 * j, 101 + 7 * j) * (-1) ** (k * (j + 1))
                  for j, s in enumerate(names)}  # fmt: skip
         x, y = (sympy.N(e.xreplace(point).doit(), 60) for e in (g, a))
-        if not (x.is_number and y.is_number) or x.has(sympy.nan, sympy.zoo) or y.has(sympy.nan, sympy.zoo):
+        if any(not v.is_number or v.has(sympy.nan, sympy.zoo) or v.is_infinite for v in (x, y)):
             continue
         if (size := max(abs(x), abs(y))) < sympy.Float("1e-40", 60):
             continue  # zero, or the rounding error that stands for it

