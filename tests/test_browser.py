@@ -76,14 +76,15 @@ def page(lab: tuple[str, Path]) -> Iterator[Any]:
 
 
 def run_all(page: Any, address: str, notebook: str, seconds: int = 240) -> None:
-    """Open a notebook and run all of its cells."""
+    """Open a notebook, run all of its cells, wait until the kernel has been busy and is idle again."""
     page.goto(f"{address}/lab/tree/{notebook}?token=t&reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
     page.wait_for_function("window.jupyterapp !== undefined", timeout=30_000)
-    page.wait_for_function("document.querySelector('.jp-Notebook-ExecutionIndicator[data-status=idle]') !== null",
-                           timeout=60_000)
-    page.set_default_timeout(seconds * 1000)
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    status = page.locator(".jp-Notebook-ExecutionIndicator")
+    until(lambda: status.count() and status.first.get_attribute("data-status") == "idle", 60)
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
+    until(lambda: status.first.get_attribute("data-status") == "busy", 30)
+    until(lambda: status.first.get_attribute("data-status") == "idle", seconds)
 
 
 def key(page: Any, name: str) -> None:

@@ -85,7 +85,11 @@ class Endpoint:
         import openai
 
         self.model, self.concurrency = model, concurrency
-        self.client = openai.OpenAI(max_retries=retries, timeout=timeout_s)
+        try:
+            self.client = openai.OpenAI(max_retries=retries, timeout=timeout_s)
+        except Exception as error:  # the address: httpx2.InvalidURL is no ValueError
+            raise ValueError(f"OPENAI_BASE_URL: got {os.environ.get('OPENAI_BASE_URL')!r} ({error}), expected an "
+                             "address such as http://127.0.0.1:8000/v1") from error
 
     def ask(self, requests: Sequence[Request], on_reply: OnReply) -> list[Reply]:
         """As many at a time as `concurrency`."""
@@ -97,14 +101,17 @@ class Endpoint:
                     index = futures[future]
                     replies[index] = future.result()
                     on_reply(index, replies[index])
-            except BaseException:  # interrupted: what has not begun is not asked
-                pool.shutdown(wait=False, cancel_futures=True)
+            except BaseException:  # interrupted: what has not begun is not asked, what is under way is paid for
+                pool.shutdown(wait=True, cancel_futures=True)
+                for future, index in futures.items():
+                    if index not in replies and not future.cancelled():
+                        on_reply(index, future.result())
                 raise
         return [replies[i] for i in range(len(requests))]
 
     def _one(self, request: Request) -> Reply:
         import openai
-        from openai.types.chat import ChatCompletion
+        from openai.types.chat import ChatCompletion, ChatCompletionMessage
 
         try:
             found: Any = self.client.chat.completions.create(
@@ -119,16 +126,20 @@ class Endpoint:
             return Reply(stop="error", error=_line(f"connection: {error.__cause__ or error}"))
         except (openai.OpenAIError, ValueError) as error:  # a body that is no completion
             return Reply(stop="error", error=_line(f"unreadable answer: {type(error).__name__}: {error}"))
-        if not isinstance(found, ChatCompletion) or not found.choices:
-            shown = found if isinstance(found, str) else getattr(found, "choices", found)
-            return Reply(stop="error", error=_line(f"not a completion: {shown!s}"))
-        choice, usage = found.choices[0], found.usage
-        text = (choice.message and choice.message.content) or ""
-        return Reply(text, "length" if choice.finish_reason == "length" else "end",
-                     usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
+        choices = found.choices if isinstance(found, ChatCompletion) and isinstance(found.choices, list) else []
+        message = getattr(choices[0], "message", None) if choices else None
+        text = getattr(message, "content", None)
+        if not isinstance(message, ChatCompletionMessage) or not isinstance(text, str | None):
+            return Reply(stop="error", error=_line(f"not a completion: {found!s}"))
+        text = (text or "").encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
+        asked, written = (n if isinstance(n := getattr(found.usage, name, 0), int) else 0
+                          for name in ("prompt_tokens", "completion_tokens"))
+        return Reply(text, "length" if choices[0].finish_reason == "length" else "end", asked, written)
 
 
 def _line(text: str) -> str:
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    text = text.replace(key, "[key]") if key else text
     return " ".join(text.split())[:200]
 
 
@@ -177,12 +188,15 @@ class Cached:
 
     def __init__(self, chat: Chat, path: Path):
         self.chat, self.model, self.path = chat, chat.model, path
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._open()) as database, database:
                 database.execute("CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT NOT NULL)")
-        except sqlite3.DatabaseError as error:
-            raise ValueError(f"{path}: no reply cache ({error}). Move the file away or name another") from error
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise self._broken(error) from error
+
+    def _broken(self, error: Exception) -> ValueError:
+        return ValueError(f"{self.path}: no reply cache ({error}). Move the file away or name another")
 
     def _open(self) -> sqlite3.Connection:
         return sqlite3.connect(self.path, timeout=60)
@@ -192,6 +206,12 @@ class Cached:
 
     def ask(self, requests: Sequence[Request], on_reply: OnReply) -> list[Reply]:
         """Ask only for what is not on disk; a reply is on disk before `on_reply` sees it."""
+        try:
+            return self._ask(requests, on_reply)
+        except sqlite3.DatabaseError as error:
+            raise self._broken(error) from error
+
+    def _ask(self, requests: Sequence[Request], on_reply: OnReply) -> list[Reply]:
         keys = [self._key(request) for request in requests]
         replies: dict[int, Reply] = {}
         with closing(self._open()) as database:
@@ -200,7 +220,10 @@ class Cached:
                 if row:
                     replies[i] = Reply(**json.loads(row[0]), cached=True)
                     on_reply(i, replies[i])
-            waiting = [i for i in range(len(requests)) if i not in replies]
+            same: dict[str, list[int]] = {}
+            for i in (i for i in range(len(requests)) if i not in replies):
+                same.setdefault(keys[i], []).append(i)
+            waiting = [places[0] for places in same.values()]
 
             def keep(position: int, reply: Reply) -> None:
                 index = waiting[position]
@@ -208,8 +231,9 @@ class Cached:
                     kept = json.dumps({k: v for k, v in asdict(reply).items() if k != "cached"})
                     with database:
                         database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (keys[index], kept))
-                on_reply(index, reply)
+                for i in same[keys[index]]:
+                    on_reply(i, reply)
 
             asked = self.chat.ask([requests[i] for i in waiting], keep) if waiting else []
-        replies |= dict(zip(waiting, asked, strict=True))
+        replies |= {i: reply for index, reply in zip(waiting, asked, strict=True) for i in same[keys[index]]}
         return [replies[i] for i in range(len(requests))]

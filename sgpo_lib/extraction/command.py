@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     """Run `sgpo extract`. Returns 0; 1 where no problem got a strategy. Raises ValueError for what a user can cure."""
-    source_args = yaml.safe_load(arguments.source_args)
+    try:
+        source_args = yaml.safe_load(arguments.source_args)
+    except yaml.YAMLError:
+        source_args = None
     if not isinstance(source_args, dict):
         raise ValueError(f"--source-args: got {arguments.source_args!r}, expected a YAML mapping, '{{split: test}}'")
     config = ExtractionConfig(**{f.name: getattr(arguments, f.name) for f in dataclasses.fields(ExtractionConfig)})
@@ -128,7 +131,8 @@ class _Progress:
         self.asked = self.paid = self.cached = self.failed = self.tokens = 0
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
                             TextColumn("{task.fields[told]}"), TimeRemainingColumn(compact=True),
-                            console=Console(file=sys.stderr), transient=True)  # fmt: skip
+                            console=Console(file=sys.stderr), transient=True,
+                            disable=not sys.stderr.isatty())  # fmt: skip
         self.task = self.bar.add_task("extract", total=requests, told="")
 
     def __enter__(self) -> _Progress:

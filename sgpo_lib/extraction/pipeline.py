@@ -80,6 +80,8 @@ class _Draft:
     candidates: tuple[Candidate, ...] = ()
 
 
+_REFUSED = ("HTTP 400", "HTTP 413", "HTTP 422", "prompt of")
+"""Begin errors that a request's own length or content may have caused: no sign that nobody is there."""
 _ERROR = "error: "
 """Begins the reason of a request that failed."""
 _MIDDLE = "\n[... {count} characters left out ...]\n"
@@ -95,8 +97,8 @@ def extract(problems: Sequence[Problem], chat: Chat, verifier: Verifier, config:
     Raises ValueError where `out` holds lines that are none, of another model, or of a problem with another text, or
     is being written by another process; RuntimeError where every request of a chunk failed.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{out}.lock", timeout=0):
             done = _continued(problems, chat.model, out)
             waiting = [p for p in problems if p.id not in done]
@@ -107,19 +109,24 @@ def extract(problems: Sequence[Problem], chat: Chat, verifier: Verifier, config:
             return [done[p.id] for p in problems]
     except Timeout:
         raise ValueError(f"{out}: another process is writing it. Wait for it, or name another file") from None
+    except (IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError) as error:
+        raise ValueError(f"{out}: no file that can be written ({error.strerror}). Name another") from error
 
 
 def _continued(problems: Sequence[Problem], model: str, out: Path) -> dict[str, Extraction]:
     """What `out` holds already. Lines with a request that failed are dropped from the file, to be asked again."""
     before = read_extractions(out) if out.exists() else []
-    texts = {p.id: p.prompt for p in problems}
+    known = {p.id: p for p in problems}
     for e in before:
-        if texts.get(e.problem.id, e.problem.prompt) != e.problem.prompt:
+        now = known.get(e.problem.id, e.problem)
+        if now.solution != e.problem.solution:
+            raise ValueError(f"{out}: problem {e.problem.id} has another response there. Name another file")
+        if now.prompt != e.problem.prompt:
             raise ValueError(f"{out}: problem {e.problem.id} has another text there. Name another file")
         if e.engine != model:
             raise ValueError(f"{out}: its lines are of {e.engine!r}, this run asks {model!r}. Name another file")
     whole = [e for e in before if not _failed(e)]
-    if len(whole) < len(before):
+    if len(whole) < len(before) or (out.exists() and out.read_bytes()[-1:] not in (b"", b"\n")):
         _write(out.with_suffix(".part"), whole, "w")
         out.with_suffix(".part").replace(out)
     return {e.problem.id: e for e in whole}
@@ -137,16 +144,13 @@ def _write(path: Path, found: Sequence[Extraction], mode: str) -> None:
 
 
 def read_extractions(path: Path) -> list[Extraction]:
-    """The lines of an output file. A last line that was cut off is dropped from the file.
+    """The lines of an output file. A last line that was cut off is passed over.
 
     Raises ValueError with file, line and field for any other faulty line.
     """
-    text = path.read_text(encoding="utf-8")
-    whole, newline, rest = text.rpartition("\n")
-    if rest:  # the process ended while it wrote
-        path.write_text(whole + newline, encoding="utf-8")
+    whole = path.read_bytes().rpartition(b"\n")[0]  # what follows is being written, or the process ended
     found = []
-    for number, line in enumerate(whole.split("\n") if whole else (), start=1):
+    for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
         try:
             found.append(from_row(json.loads(line)))
         except (ValueError, TypeError, AttributeError) as error:  # a person's file
@@ -179,7 +183,8 @@ def _chunk(problems: Sequence[Problem], chat: Chat, verifier: Verifier, config: 
     def asked(stage: str, requests: Sequence[Request]) -> list[Reply]:
         on_ask(stage, len(requests))
         replies = chat.ask(requests, lambda _, reply: on_reply(reply)) if requests else []
-        if replies and stage == "candidates" and all(r.error for r in replies):
+        if replies and stage == "candidates" and all(r.error for r in replies) and not all(
+                r.error.startswith(_REFUSED) for r in replies):  # fmt: skip
             raise RuntimeError(f"{chat.model}: none of {len(replies)} requests was answered. The first: "
                                f"{replies[0].error}. Nothing is lost: the same command continues")
         return replies
@@ -207,7 +212,8 @@ def rescore(found: Sequence[Extraction], chat: Chat, config: ExtractionConfig) -
     """The extractions with scores (and choices) by another scorer: the scoring call over the candidates there are."""
     drafts = [_Draft(e.problem, _shown(e.problem, config)[0], e.notes, e.candidates) for e in found]
     scored = _scores(drafts, config, lambda _, requests: chat.ask(requests, lambda *_: None) if requests else [])
-    return [_quarantined(dataclasses.replace(e, engine=chat.model)) for e in scored]
+    return [_quarantined(dataclasses.replace(e, engine=chat.model)) if e.candidates else old
+            for e, old in zip(scored, found, strict=True)]
 
 
 def _fault(response: str, verdict: Verdict, wanted: str) -> str:
@@ -256,7 +262,8 @@ def _candidates(drafts: Sequence[_Draft], config: ExtractionConfig,
 
     found = [_candidate(reply) for reply in asked("candidates", [request(*slot) for slot in slots])]
     again = [i for i, c in enumerate(found) if c.reason]
-    prompts_again = [filled(AGAIN, prompt=slots[i][0], reason=found[i].reason) for i in again]
+    prompts_again = [slots[i][0] if found[i].reason.startswith(_ERROR) else  # it never came: as it was
+                     filled(AGAIN, prompt=slots[i][0], reason=found[i].reason) for i in again]
     replies = asked("again", [request(p, slots[i][1]) for i, p in zip(again, prompts_again, strict=True)])
     for i, reply in zip(again, replies, strict=True):
         second, first = _candidate(reply), found[i]
@@ -294,6 +301,10 @@ def _scores(drafts: Sequence[_Draft], config: ExtractionConfig,
     for sample, stage in enumerate(("scores", "scores again")):
         requests = [Request(prompts[i], sample, 0.0 if sample == 0 else config.temperature, config.top_p,
                             config.max_tokens) for i in todo]
+        if sample:
+            for i in todo:
+                drafts = [*drafts[:i], dataclasses.replace(drafts[i], notes=(*drafts[i].notes, "scores asked again: " +
+                          ", ".join(read_scores(replies[i].text, len(readable[i]))[1]))), *drafts[i + 1:]]
         for i, reply in zip(todo, asked(stage, requests), strict=True):
             if i not in replies or unread(reply, i) <= unread(replies[i], i):
                 replies[i] = reply
