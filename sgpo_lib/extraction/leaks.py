@@ -15,9 +15,11 @@ Reading of the rule, which leaves gaps on both sides (reports/strategy_extractio
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from fractions import Fraction
 
 from sgpo_lib.answers import clean, exact, normalise
@@ -30,8 +32,6 @@ from sgpo_lib.rewards import Verifier
 _COUNTS = {*map(Fraction, range(13)), Fraction(1, 2)}
 _CONVENTIONAL = {Fraction(n) for n in (*range(13), 60, 90, 100, 180, 360, 1000)}
 _CONVENTIONAL |= {Fraction(1, n) for n in (2, 3, 4)} | {-n for n in _CONVENTIONAL}
-_HUGE = 10**300
-"""From here on numbers are not rounded: a float does not hold them."""
 _WHOLE = r"(?<!\d)\d{1,999}(?!\d)"
 _NUMBER = re.compile(_WHOLE + r"(?:\.\d{1,999}(?!\d))?")
 _LONGEST = 200_000
@@ -83,8 +83,8 @@ def find_leaks(items: Sequence[tuple[Problem, Strategy]], verifier: Verifier) ->
     equal_to_step = {(n, m) for (n, m, _), verdict in zip(pairs, same, strict=True) if verdict.correct}
     decimals = verifier.decimals([k.problem.answer for k in facts.values() if k.gold is None])
     for k in facts.values():
-        value = k.gold if k.gold is not None else decimals.get(k.problem.answer)
-        k.decimal = float(value) if value is not None and abs(value) < _HUGE else None
+        value: Fraction | Decimal | None = k.gold if k.gold is not None else decimals.get(k.problem.answer)
+        k.decimal = _float(value) if value is not None else None
     leaks = []
     for n, (problem, _) in enumerate(items):
         hits = [hit for m in found[n] if (hit := _leak(
@@ -173,7 +173,7 @@ def _leak(text: str, m: Mention, known: _Known, equal: bool, equal_to_step: bool
     if m.form == "ratio" and kind != "answer":
         return None
     if not kind and _computed(m, known):
-        kind, form = "intermediate", "computation"
+        kind, form = "intermediate", m.form
     if not kind and m.value is not None and abs(m.value) in known.solved - known.said and not _set_up(m, known):
         stated = _result(text, m, before) and not m.side and abs(m.value) > 1
         if m.value not in _CONVENTIONAL or stated:
@@ -218,14 +218,23 @@ def _rounded(m: Mention, known: _Known) -> bool:
     digits = re.fullmatch(r"-?0*\.?0*([\d.]+?)%?", m.tex)
     if known.decimal is None or m.value is None or digits is None or len(digits[1].replace(".", "")) < 2:
         return False
-    if abs(m.value) >= _HUGE or abs(m.value) in known.said:
+    if (said := _float(m.value)) is None or abs(m.value) in known.said:
         return False
     places = len(m.tex.rstrip("%").partition(".")[2])
     if places == 0 and not m.tex.endswith("%"):
         return False
     unit = 10.0 ** -places / (100 if m.tex.endswith("%") else 1)
-    off = abs(known.decimal) - abs(float(m.value))
+    off = abs(known.decimal) - abs(said)
     return -0.5000001 * unit <= off < unit  # rounded, or cut off
+
+
+def _float(value: Fraction | Decimal) -> float | None:
+    """None for what a float does not hold."""
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _solved(m: Mention, known: _Known) -> bool:

@@ -58,7 +58,8 @@ _TOKEN = (rf"(?:{_NUMERAL}|{_VULGAR}|[√π]|(?<![a-zA-Z])[a-zA-Z](?![a-zA-Z])(?
 _SIDE = rf"(?>{_TOKEN}(?:\s?{_TOKEN})*)"
 _LETTERS = rf"(?<![\w\\$]){_SIDE}(?:\s?(?:=|≤|≥|<|>|≈|\\[lg]eq?(?![a-z]))\s?{_SIDE})*"
 """Sides of bare relations. Those with a relation between them count."""
-_LIST = rf"(?<![\w\\$])[(\[{{]\s?[-−]?{_NUMERAL}(?:/\d+)?(?:,\s?[-−]?{_NUMERAL}(?:/\d+)?)+\s?[)\]}}]"
+_ITEM = rf"\s?[-−]?(?>{_NUMERAL}(?:/\d+)?)"
+_LIST = rf"(?<![\w\\$])[(\[{{]{_ITEM}(?:,{_ITEM})++\s?[)\]}}]"
 """Bare pairs, intervals and sets of numbers: (3, 17)."""
 _NO_FORMULA = re.compile(r"(?<!\S)\([a-z]\)(?=\s)(?!\s[-+*/=^])|(?<!\S)a(?= [a-zA-Z]{2})")
 """The letter of a step, and an article."""
@@ -133,7 +134,8 @@ def _formula(text: str, start: int, end: int) -> Iterator[Mention]:
     items = [i for s in sides for i in re.split(r"(?<!\{),(?!\d{3}(?!\d))|;|\\ldots|\\dots|\\{|\\}", s) if i.strip()]
     if len(items) > 1:
         for item in items:
-            yield _mention(start, end, raw, item, side=True)
+            alone = item.strip().strip("()[]")  # an end of a pair
+            yield _mention(start, end, raw, alone if re.fullmatch(r"-?[\d.]+", alone) else item, side=True)
 
 
 def _mention(start: int, end: int, raw: str, inner: str, *, side: bool) -> Mention:
@@ -164,7 +166,10 @@ def _raised(match: re.Match[str]) -> str:
 def arithmetic(tex: str) -> Fraction | None:
     """Value of sums, products and integer powers of plain numbers; None for anything else."""
     plain = re.sub(r"\\(?:d|t|c)?frac\{([^{}]*)\}\{([^{}]*)\}", r"((\1)/(\2))", tex)
-    plain = re.sub(r"\\(?:cdot|times) ?", "*", plain).replace("{", "(").replace("}", ")").replace(" ", "")
+    plain = re.sub(r"\\(?:cdot|times) ?", "*", plain).replace("{", "(").replace("}", ")")
+    if re.search(r"\d\s+\d", plain):  # two numbers beside one another
+        return None
+    plain = plain.replace(" ", "")
     plain = re.sub(r"(?<=[\d)])(?=\()", "*", plain)
     if not re.fullmatch(r"[-+*/^().\d]{1,80}", plain) or re.search(r"\^\(?\d{4}", plain):
         return None

@@ -30,7 +30,7 @@ _LABEL = re.compile(r"^[ \t#>*_\-\d.)]*+(problem type|procedural steps|strategy|
 _STEP = re.compile(r"(?:^[ \t]*(?P<mark>(?:[-*•]|\d{1,2}[.)])[ \t]+)|(?<=\s)|^)(?P<bold>\*\*|__)?\(?(?P<letter>[a-z])\)"
                    r"(?:\*\*|__)?\s+", re.MULTILINE)
 _MARKDOWN = re.compile(r"\*\*|^[ \t]*(?:#{1,6}|[-*>]) |^[ \t]*\d+\. ", re.MULTILINE)
-_BULLET = re.compile(r"^\s*(?:[-*•]\s+)?(?:\(?\w{1,2}[.)]\s+)?")
+_BULLET = re.compile(r"^\s*(?:[-*•]\s+)?(?:\*\*|__)?(?:\(?\w{1,2}[.)](?:\*\*|__)?\s+)?")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\.?\d")
 
 

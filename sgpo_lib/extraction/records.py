@@ -34,7 +34,7 @@ class Leak:
     kind: str
     """`answer` or `intermediate`."""
     form: str
-    """How it was written: `number`, `words`, `expression`, `statement`, ..."""
+    """How it was written: `number`, `words`, `expression`, `relation`, ..."""
     text: str
     """The characters themselves."""
 

@@ -45,8 +45,8 @@ _PATTERNS = [
     ("point", rf"(?P<n>{_CARDINAL})\s+point(?P<d>(?:\s+(?:{'|'.join(_UNITS)}))+)"),
     ("cardinal", rf"(?P<n>{_CARDINAL})"),
 ]  # fmt: skip
-_SIGNED = ("mixed", "part", "point", "cardinal")
-_FOUND = [(name, re.compile(rf"(?<![\w.,$\\-]){r'(?P<sign>(?:minus|negative)\s+)?' if name in _SIGNED else '(?P<sign>)'}"
+_MINUS = r"(?P<minus>(?:minus|negative)\s+)?"
+_FOUND = [(name, re.compile(rf"(?<![\w.,$\\-]){_MINUS if name in ('mixed', 'part', 'point', 'cardinal') else ''}"
                             rf"(?:{pattern})(?P<percent>\s+per\s?cent)?(?![\w$])", re.IGNORECASE))
           for name, pattern in _PATTERNS]  # fmt: skip
 
@@ -73,7 +73,8 @@ def spoken(text: str) -> Iterator[tuple[int, int, str, str]]:
         for m in pattern.finditer(text):
             parts = m.groupdict()
             tex = _TEX[name](parts)
-            tex = f"-{tex}" if tex and parts["sign"] else tex
+            if parts.get("minus"):
+                tex = f"-({tex})" if "+" in tex else f"-{tex}"
             if tex:
                 yield m.start(), m.end(), f"({tex})/100" if parts["percent"] else tex, name
 
@@ -120,6 +121,11 @@ def _part(parts: dict[str, str]) -> str:
     return rf"\frac{{{_number(parts['n'])}}}{{{_bottom(parts['p'])}}}"
 
 
+def _mixed(parts: dict[str, str]) -> str:
+    proper = float(_number(parts["n"])) < _bottom(parts["p"])
+    return _number(parts["w"]) + ("" if proper else "+") + _part(parts)
+
+
 def _scaled(parts: dict[str, str]) -> str:
     said = re.sub(r"the\s+", "", parts["s"].lower())
     form = {"half": "{}/2", "twice": r"2 \cdot {}", "double": r"2 \cdot {}", "triple": r"3 \cdot {}",
@@ -132,7 +138,7 @@ def _point(parts: dict[str, str]) -> str:
 
 
 _TEX = {
-    "mixed": lambda p: _number(p["w"]) + ("" if int(_number(p["n"])) < _bottom(p["p"]) else "+") + _part(p), "formula": _formula,
+    "mixed": _mixed, "formula": _formula,
     "choose": lambda p: rf"\binom{{{_number(p['n'])}}}{{{_number(p['k'])}}}",
     "share": lambda p: f"{_number(p['n'])}/{_number(p['k'])}", "part": _part, "a part": _part, "scaled": _scaled,
     "scale": lambda p: rf"{_number(p['n'])}\cdot {_SCALES[p['s'].lower()]}", "point": _point,
