@@ -75,16 +75,21 @@ def page(lab: tuple[str, Path]) -> Iterator[Any]:
         browser.close()
 
 
-def run_all(page: Any, address: str, notebook: str, seconds: int = 240) -> None:
-    """Open a notebook, run all of its cells, wait until the kernel has been busy and is idle again."""
+def run_all(page: Any, address: str, notebook: str) -> None:
+    """Open a notebook and start all of its cells."""
     page.goto(f"{address}/lab/tree/{notebook}?token=t&reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
     page.wait_for_function("window.jupyterapp !== undefined", timeout=30_000)
     status = page.locator(".jp-Notebook-ExecutionIndicator")
     until(lambda: status.count() and status.first.get_attribute("data-status") == "idle", 60)
-    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
-    until(lambda: status.first.get_attribute("data-status") == "busy", 30)
-    until(lambda: status.first.get_attribute("data-status") == "idle", seconds)
+    prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]"
+    begun = prompts + r".some(p => /\[[\d*]+\]/.test(p.textContent))"
+    for _ in range(10):  # the command does nothing until the notebook is the current widget
+        page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
+        with contextlib.suppress(playwright.TimeoutError):
+            page.wait_for_function(begun, timeout=5_000)
+            return
+    raise AssertionError(f"{notebook} did not begin to run")
 
 
 def key(page: Any, name: str) -> None:
@@ -97,7 +102,7 @@ def stored(path: Path) -> dict[str, dict[str, Any]]:
     return {row["id"]: row for row in map(json.loads, lines)}
 
 
-def until(condition: Any, seconds: float = 15) -> None:
+def until(condition: Any, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"
@@ -109,7 +114,7 @@ def test_the_inspector_in_jupyterlab(page, lab):
     address, root = lab
     run_all(page, address, "notebooks/01_strategy_extraction.ipynb")
     box = page.locator(".sgpo-inspector")
-    box.wait_for()
+    box.wait_for(timeout=240_000)
     assert page.locator(".jp-OutputArea-output[data-mime-type*=stderr]").count() == 0
     assert "Problem alg-01" in box.locator(".left h4").first.inner_text()
     assert box.locator(".left math").count() > 5 and box.locator(".card").count() == 5
@@ -162,7 +167,7 @@ StrategyInspector(found, "hostile.jsonl", Verifier(RewardConfig()))"""
     (root / "hostile.ipynb").write_text(json.dumps(notebook))
     run_all(page, address, "hostile.ipynb")
     box = page.locator(".sgpo-inspector")
-    box.wait_for()
+    box.wait_for(timeout=240_000)
     assert "<img src=x" in box.locator(".left").inner_text()
     key(page, "e")
     time.sleep(1)

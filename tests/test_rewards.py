@@ -273,7 +273,7 @@ def test_benchmark_gold_answers_equal_themselves(verifier: Verifier) -> None:
     problems = [Problem(str(i), "", str(row["answer"])) for i, row in enumerate(rows)]
     verdicts = verifier.judge([(p, rf"\boxed{{{p.answer}}}") for p in problems])
     assert [p.answer for p, v in zip(problems, verdicts, strict=True) if not v.correct] == []
-    assert len(verifier.audit(problems)) <= 2  # one sentence and one misprint of OlympiadBench
+    assert len(verifier.audit(problems)) <= 3  # a sentence, a misprint and an angle's name of OlympiadBench
 
 
 def test_limits_before_algebra() -> None:
