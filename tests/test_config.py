@@ -319,7 +319,9 @@ class TestNotebook:
     def test_parameters_are_fields_of_the_configuration(self, path):
         values = {s.targets[0].id: ast.literal_eval(s.value) for s in ast.parse(parameters_cell(path)).body
                   if isinstance(s, ast.Assign) and isinstance(s.targets[0], ast.Name)}
-        assert {"profile", "overrides"} <= set(values) or path.name.startswith("00"), "only 00 runs no model"
+        if path.name.startswith(("00", "01")):
+            return  # these train nothing: 00 computes by hand, 01 looks at strategies
+        assert {"profile", "overrides"} <= set(values)
         assert set(values) <= {*field_index(), *NOTEBOOK_FIELDS}
         assert values.get("profile", "tiny") in PROFILES
         fields = {k: v for k, v in values.items() if k not in {*NOTEBOOK_FIELDS, "method"}}

@@ -76,7 +76,7 @@ def sample(source: Source, count: int, seed: int) -> list[Problem]:
     The same seed draws the same problems, and fewer are a part of more. Raises ValueError where there are not enough.
     """
     if count < 0:
-        raise ValueError(f"count: got {count}, expected 0 (all) or more")
+        raise ValueError(f"{source.name}, count: got {count}, expected 0 (all) or more")
     if source.rows is not None:
         problems = [problem for problem, _ in source.rows.problems()]
         if count > len(problems):

@@ -78,6 +78,6 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         for batch in table.iter_batches(1000):
             for row in batch.to_pylist():
-                yield functools.partial(dict, row)
+                yield functools.partial(json.loads, json.dumps(row, default=str))  # dates and bytes become text
     except OSError as error:  # a damaged page
         raise ValueError(f"{path}: damaged Parquet file ({error})") from error
