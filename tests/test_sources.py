@@ -106,8 +106,6 @@ def test_missing_packages_of_sources_are_named(monkeypatch):
 
 @pytest.fixture(scope="module")
 def champ() -> list[Problem]:
-    if importlib.util.find_spec("champ_dataset") is None:
-        pytest.skip("the package champ-dataset (extra `extract`) is not installed")
     return problems("champ")
 
 
