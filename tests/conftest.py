@@ -45,3 +45,15 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewards of `rewards_for_tests` can be named: the tests' folder is on the path, and the current one."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.chdir(Path(__file__).parent)
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """A scripted endpoint with a verifier: what the tests of extraction work on."""
+    from extraction_world import open_bench
+
+    from sgpo_lib.config import RewardConfig
+    from sgpo_lib.rewards import Verifier
+
+    with Verifier(RewardConfig()) as verifier, open_bench(verifier, tmp_path, monkeypatch) as found:
+        yield found

@@ -6,31 +6,16 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
-from extraction_world import BEST, MARKS, Bench, described, open_bench, problem
+from extraction_world import BEST, MARKS, described, problem
 from fault_server import HTML, Answer
 
-from sgpo_lib.config import RewardConfig
 from sgpo_lib.extraction.chat import Endpoint
 from sgpo_lib.extraction.pipeline import ExtractionConfig, read_extractions, rescore, summary
 from sgpo_lib.extraction.records import Extraction
 from sgpo_lib.prompts import strategy_text
 from sgpo_lib.records import Strategy
-from sgpo_lib.rewards import Verifier
-
-
-@pytest.fixture(scope="module")
-def verifier() -> Iterator[Verifier]:
-    with Verifier(RewardConfig()) as v:
-        yield v
-
-
-@pytest.fixture
-def bench(verifier, tmp_path, monkeypatch) -> Iterator[Bench]:
-    with open_bench(verifier, tmp_path, monkeypatch) as found:
-        yield found
 
 
 def noted(e: Extraction) -> list[str]:

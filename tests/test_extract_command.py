@@ -11,33 +11,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 
 import pytest
-from extraction_world import BEST, KEY, MARKS, Bench, described, open_bench, problem
+from extraction_world import BEST, KEY, MARKS, Bench, described, problem
 from fault_server import Answer
 
 from sgpo_lib.cli import main
-from sgpo_lib.config import DataConfig, RewardConfig
+from sgpo_lib.config import DataConfig
 from sgpo_lib.extraction.command import open_chat
 from sgpo_lib.extraction.pipeline import read_extractions
 from sgpo_lib.problems import load
-from sgpo_lib.rewards import Verifier
-
-
-@pytest.fixture(scope="module")
-def verifier() -> Iterator[Verifier]:
-    with Verifier(RewardConfig()) as v:
-        yield v
-
-
-@pytest.fixture
-def bench(verifier, tmp_path, monkeypatch) -> Iterator[Bench]:
-    with open_bench(verifier, tmp_path, monkeypatch) as found:
-        yield found
-
 
 # Continuing
 
