@@ -23,6 +23,11 @@ from sgpo_lib.sources.packaged import collection_problems
 from sgpo_lib.sources.rows import strategy as read_strategy
 
 BANDS = ("High", "Medium", "Low")
+_COLUMNS = {"problem": "object", "family": "object", "candidate": "int64", "kind": "object",
+            **dict.fromkeys(CRITERIA, "float64"), "quality": "float64", "band": "object", "score": "float64",
+            "chosen": "bool", "answer_leaks": "int64", "intermediate_leaks": "int64", "words": "int64",
+            "steps_count": "int64", "own_numbers": "int64"}  # fmt: skip
+"""Columns of `candidate_frame`: they are there, with these types, also where no candidate could be read."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ def candidate_frame(found: Sequence[Extraction], bands: Bands) -> pd.DataFrame:
                          "intermediate_leaks": sum(k.kind == "intermediate" for k in c.leaks),
                          "words": len(text.split()), "steps_count": len(c.strategy.steps),
                          "own_numbers": shared_numbers(e.problem.prompt, text)})  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS)
 
 
 def shared_numbers(prompt: str, text: str) -> int:
