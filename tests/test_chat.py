@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -127,6 +128,15 @@ def test_a_lasting_fault_is_one_line_and_leaves_the_others_unharmed(serve, name)
     assert (bad.text, bad.stop, bad.tokens) == ("", "error", 0)
     assert told in bad.error and 0 < len(bad.error) <= 200 and "\n" not in bad.error
     assert sum(a.prompt == "bad" for a in server.asked) == asked
+
+
+def test_an_answer_that_drips_is_given_up(serve):
+    """A byte now and then keeps the connection alive (some providers do it for long), but not for ever."""
+    _, endpoint = serve(lambda a: Answer(a.prompt, blanks=40 if a.prompt == "bad" else 3), timeout_s=0.5, retries=0)
+    began = time.monotonic()
+    good, bad = ask(endpoint, requests("good", "bad"))
+    assert (good.text, bad.error) == ("good", "no whole answer within 0.5 s")
+    assert time.monotonic() - began < 3
 
 
 def test_nobody_there_is_an_error_of_each_request(monkeypatch, serve):
@@ -263,6 +273,21 @@ def test_an_interrupt_keeps_what_was_paid_and_asks_nothing_more(serve, tmp_path)
     replies = ask(Cached(endpoint, path), wanted)
     assert [r.text for r in replies] == [r.prompt for r in wanted]
     assert replies[0].cached and len(server.answered) == 8, f"{len(server.answered) - 8} replies were paid twice"
+
+
+def test_a_second_interrupt_does_not_wait_for_an_endpoint_that_hangs(serve):
+    server, endpoint = serve(lambda a: Answer(held=True) if a.prompt == "held" else a.prompt)
+    hanging: list[threading.Timer] = []
+
+    def interrupted(index: int, reply: Reply) -> None:
+        hanging.append(threading.Timer(0.3, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)))
+        hanging[0].start()
+        raise ValueError("first")
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        endpoint.ask(requests("held", "quick"), interrupted)
+    assert time.monotonic() - began < 5 and len(server.asked) == 2 and len(hanging) == 1
 
 
 ASKER = """

@@ -7,13 +7,15 @@ one bad answer must not cost the others. No torch here.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import importlib.util
 import json
 import os
+import queue
 import sqlite3
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,8 +71,8 @@ class Endpoint:
     """An OpenAI-compatible chat endpoint. Base URL and key come from the environment alone.
 
     `OPENAI_BASE_URL` (for example `http://127.0.0.1:8000/v1` of `vllm serve`, or a provider's) and `OPENAI_API_KEY`.
-    The client retries 408, 409, 429, 5xx, time-outs and broken connections with growing pauses, and honours
-    `Retry-After`.
+    The client retries 408, 409, 429, 5xx, time-outs (`timeout_s` without a byte) and broken connections with growing
+    pauses, and honours `Retry-After`.
     """
 
     def __init__(self, model: str, *, concurrency: int = 16, retries: int = 5, timeout_s: float = 600.0):
@@ -82,46 +84,81 @@ class Endpoint:
         if not os.environ.get("OPENAI_API_KEY"):
             raise ValueError("OPENAI_API_KEY is not set. Put the endpoint's key into the environment (any word for a "
                              "local server), and its address into OPENAI_BASE_URL")
-        import openai
-
-        self.model, self.concurrency = model, concurrency
+        self.model, self.concurrency, self.retries, self.timeout_s = model, concurrency, retries, timeout_s
+        self.deadline_s = (retries + 1) * timeout_s + retries * 60
+        """Longest that one request may take, all attempts and pauses (at most 60 s each) counted."""
         try:
-            self.client = openai.OpenAI(max_retries=retries, timeout=timeout_s)
+            self._client()
         except Exception as error:  # the address: httpx2.InvalidURL is no ValueError
             raise ValueError(f"OPENAI_BASE_URL: got {os.environ.get('OPENAI_BASE_URL')!r} ({error}), expected an "
                              "address such as http://127.0.0.1:8000/v1") from error
 
+    def _client(self) -> Any:
+        import openai
+
+        return openai.AsyncOpenAI(max_retries=self.retries, timeout=self.timeout_s)
+
     def ask(self, requests: Sequence[Request], on_reply: OnReply) -> list[Reply]:
-        """As many at a time as `concurrency`."""
+        """As many at a time as `concurrency`.
+
+        Interrupted, it asks nothing more and waits for the replies under way, which are paid for; interrupted again,
+        it does not wait.
+        """
         replies: dict[int, Reply] = {}
-        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="ask") as pool:
-            futures = {pool.submit(self._one, request): i for i, request in enumerate(requests)}
-            try:
-                for future in as_completed(futures):
-                    index = futures[future]
-                    replies[index] = future.result()
-                    on_reply(index, replies[index])
-            except BaseException:  # interrupted: what has not begun is not asked, what is under way is paid for
-                pool.shutdown(wait=True, cancel_futures=True)
-                for future, index in futures.items():
-                    if index not in replies and not future.cancelled():
-                        on_reply(index, future.result())
-                raise
+        arrived: queue.SimpleQueue[tuple[int, Reply] | BaseException | None] = queue.SimpleQueue()
+        stopping = threading.Event()
+
+        def take() -> None:
+            while (came := arrived.get()) is not None:
+                if isinstance(came, BaseException):
+                    raise came
+                replies[came[0]] = came[1]
+                on_reply(*came)
+
+        # in a thread, since a notebook's own thread runs an event loop already
+        threading.Thread(target=lambda: asyncio.run(self._all(requests, arrived.put, stopping)), name="ask",
+                         daemon=True).start()
+        try:
+            take()
+        except BaseException:
+            stopping.set()
+            take()
+            raise
         return [replies[i] for i in range(len(requests))]
 
-    def _one(self, request: Request) -> Reply:
+    async def _all(self, requests: Sequence[Request], put: Callable[[Any], None], stopping: threading.Event) -> None:
+        """`put` gets (index, reply) as replies come, then None; before it the exception where one stopped the work."""
+        gate = asyncio.Semaphore(self.concurrency)
+
+        async def one(index: int, request: Request, client: Any) -> None:
+            async with gate:
+                if not stopping.is_set():
+                    put((index, await self._one(client, request)))
+
+        try:
+            async with self._client() as client, asyncio.TaskGroup() as group:
+                for index, request in enumerate(requests):
+                    group.create_task(one(index, request, client))
+        except BaseException as error:  # it must reach the asking thread, which waits
+            put(error)
+        put(None)
+
+    async def _one(self, client: Any, request: Request) -> Reply:
         import openai
         from openai.types.chat import ChatCompletion, ChatCompletionMessage
 
         try:
-            found: Any = self.client.chat.completions.create(
-                model=self.model, messages=[{"role": "user", "content": request.prompt}],
-                temperature=request.temperature, top_p=request.top_p, max_tokens=request.max_tokens,
-                seed=sample_seed("chat", request.prompt, request.sample) % (1 << 31))
+            async with asyncio.timeout(self.deadline_s):
+                found: Any = await client.chat.completions.create(
+                    model=self.model, messages=[{"role": "user", "content": request.prompt}],
+                    temperature=request.temperature, top_p=request.top_p, max_tokens=request.max_tokens,
+                    seed=sample_seed("chat", request.prompt, request.sample) % (1 << 31))
         except openai.APIStatusError as error:
             return Reply(stop="error", error=_line(f"HTTP {error.status_code}: {error.message}"))
         except openai.APITimeoutError:
-            return Reply(stop="error", error=f"no answer within {self.client.timeout} s")
+            return Reply(stop="error", error=f"no answer within {self.timeout_s} s")
+        except TimeoutError:  # bytes came all the time, but no whole answer
+            return Reply(stop="error", error=f"no whole answer within {self.deadline_s} s")
         except openai.APIConnectionError as error:
             return Reply(stop="error", error=_line(f"connection: {error.__cause__ or error}"))
         except (openai.OpenAIError, ValueError) as error:  # a body that is no completion
