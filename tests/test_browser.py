@@ -75,21 +75,25 @@ def page(lab: tuple[str, Path]) -> Iterator[Any]:
         browser.close()
 
 
-def run_all(page: Any, address: str, notebook: str) -> None:
-    """Open a notebook and start all of its cells."""
+def run_all(page: Any, address: str, notebook: str, seconds: float = 240) -> None:
+    """Open a notebook, run all of its cells and wait for the last: a kernel at work answers no widget."""
     page.goto(f"{address}/lab/tree/{notebook}?token=t&reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
     page.wait_for_function("window.jupyterapp !== undefined", timeout=30_000)
     status = page.locator(".jp-Notebook-ExecutionIndicator")
     until(lambda: status.count() and status.first.get_attribute("data-status") == "idle", 60)
-    prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]"
-    begun = prompts + r".some(p => /\[[\d*]+\]/.test(p.textContent))"
-    for _ in range(10):  # the command does nothing until the notebook is the current widget
-        page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
-        with contextlib.suppress(playwright.TimeoutError):
-            page.wait_for_function(begun, timeout=5_000)
+    current = "window.jupyterapp.shell.currentWidget"
+    page.wait_for_function(f"() => {current}?.context?.path === '{notebook}' && {current}.context.isReady",
+                           timeout=60_000)
+    for _ in range(10):  # the command may still come too early; its promise is kept when every cell has run
+        page.evaluate("seconds => Promise.race([window.jupyterapp.commands.execute('notebook:run-all-cells'), "
+                      "new Promise(ok => setTimeout(ok, 1000 * seconds))])", seconds)  # fmt: skip
+        counts = page.evaluate(f"[...{current}.content.model.cells].filter(c => c.type === 'code')"
+                               ".map(c => c.executionCount)")  # fmt: skip
+        if all(counts):
             return
-    raise AssertionError(f"{notebook} did not begin to run")
+        time.sleep(1)
+    raise AssertionError(f"{notebook}: its cells did not run to the end, counts {counts}")
 
 
 def key(page: Any, name: str) -> None:

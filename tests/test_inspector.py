@@ -156,6 +156,17 @@ def test_a_decision_is_stored_as_it_is_made(inspector, path):
     assert inspector.item["decision"] == "undecided"
 
 
+def test_a_decision_sends_the_page_one_row_of_the_index(inspector, monkeypatch):
+    """The index of 8,500 problems has megabytes; a page opened later still gets all of it as it stands."""
+    synced, messages = [], []
+    monkeypatch.setattr(inspector, "send_state", lambda key: synced.append(key))
+    monkeypatch.setattr(inspector, "send", messages.append)
+    inspector.decide("b", "rejected")
+    assert messages == [{"place": 1, "row": inspector.index[1]}] and inspector.index[1]["decision"] == "rejected"
+    assert "told" in synced and "index" not in synced
+    assert inspector.get_state("index")["index"][1]["decision"] == "rejected"
+
+
 def test_another_candidate_is_picked(inspector, path):
     inspector.decide("a", "undecided", 1)
     assert inspector.item["picked"] == 1 and inspector.item["chosen"] == 0

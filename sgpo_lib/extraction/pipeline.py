@@ -171,7 +171,7 @@ def summary(found: Sequence[Extraction]) -> dict[str, Counter[str]]:
 
 def _chunk(problems: Sequence[Problem], chat: Chat, verifier: Verifier, config: ExtractionConfig, on_ask: OnAsk,
            on_reply: Callable[[Reply], None]) -> list[Extraction]:
-    drafts = [_Draft(p, *_shown(p, config)) for p in problems]
+    drafts = [_Draft(p, *shown_response(p, config)) for p in problems]
     verdicts = verifier.judge([(d.problem, d.problem.solution) for d in drafts])
     left_out: dict[str, Extraction] = {}
     for draft, verdict in zip(drafts, verdicts, strict=True):
@@ -210,7 +210,7 @@ def _quarantined(e: Extraction) -> Extraction:
 
 def rescore(found: Sequence[Extraction], chat: Chat, config: ExtractionConfig) -> list[Extraction]:
     """The extractions with scores (and choices) by another scorer: the scoring call over the candidates there are."""
-    drafts = [_Draft(e.problem, _shown(e.problem, config)[0], e.notes, e.candidates) for e in found]
+    drafts = [_Draft(e.problem, shown_response(e.problem, config)[0], e.notes, e.candidates) for e in found]
     scored = _scores(drafts, config, lambda _, requests: chat.ask(requests, lambda *_: None) if requests else [])
     return [_quarantined(dataclasses.replace(e, engine=chat.model)) if e.candidates else old
             for e, old in zip(scored, found, strict=True)]
@@ -225,7 +225,7 @@ def _fault(response: str, verdict: Verdict, wanted: str) -> str:
     return f"response not correct: {verdict.reason or 'answer ' + verdict.answer}"
 
 
-def _shown(problem: Problem, config: ExtractionConfig) -> tuple[str, tuple[str, ...]]:
+def shown_response(problem: Problem, config: ExtractionConfig) -> tuple[str, tuple[str, ...]]:
     """The response as the prompts show it, and what is odd about it."""
     response, notes = problem.solution, []
     if response.count("<think>") or "</think>" in response:
@@ -246,7 +246,7 @@ def _shown(problem: Problem, config: ExtractionConfig) -> tuple[str, tuple[str, 
     return response, tuple(notes)
 
 
-def _inside(text: str) -> str:
+def inside(text: str) -> str:
     """Text that cannot close the mark it stands in."""
     return re.sub(r"<(/?)(?=problem|response|candidate|description)", r"&lt;\1", text)
 
@@ -254,7 +254,7 @@ def _inside(text: str) -> str:
 def _candidates(drafts: Sequence[_Draft], config: ExtractionConfig,
                 asked: Callable[[str, Sequence[Request]], list[Reply]]) -> list[_Draft]:
     """Ask for the candidates, and once more for those that could not be read."""
-    prompts = [filled(EXTRACTION, problem=_inside(d.problem.prompt), response=_inside(d.response)) for d in drafts]
+    prompts = [filled(EXTRACTION, problem=inside(d.problem.prompt), response=inside(d.response)) for d in drafts]
     slots = [(prompt, i) for prompt in prompts for i in range(config.candidates)]
 
     def request(prompt: str, sample: int) -> Request:
@@ -291,8 +291,8 @@ def _scores(drafts: Sequence[_Draft], config: ExtractionConfig,
     prompts = []
     for draft, chosen in zip(drafts, readable, strict=True):
         shown = [strategy_text(s) for i in chosen if (s := draft.candidates[i].strategy)]
-        prompts.append(filled(SCORING, count=str(len(chosen)), problem=_inside(draft.problem.prompt),
-                              response=_inside(draft.response), candidates=candidates_text([*map(_inside, shown)])))
+        prompts.append(filled(SCORING, count=str(len(chosen)), problem=inside(draft.problem.prompt),
+                              response=inside(draft.response), candidates=candidates_text([*map(inside, shown)])))
     def unread(reply: Reply, i: int) -> int:
         return sum(score is None for score in read_scores(reply.text, len(readable[i]))[0])
 

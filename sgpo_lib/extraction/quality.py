@@ -15,6 +15,7 @@ import pandas as pd
 
 from sgpo_lib.evaluation import mean_interval
 from sgpo_lib.extraction.chat import Chat, Request
+from sgpo_lib.extraction.pipeline import ExtractionConfig, inside, shown_response
 from sgpo_lib.extraction.reading import read_ratings
 from sgpo_lib.extraction.records import CRITERIA, Candidate, Extraction, Leak
 from sgpo_lib.prompts import JUDGING, filled, strategy_text
@@ -141,11 +142,13 @@ def rule_ratings(problem: str, strategy: Strategy, leaks: Sequence[Leak]) -> dic
 Ratings = Mapping[str, float]
 
 
-def judge(found: Sequence[Extraction], chat: Chat, max_tokens: int = 1024) -> list[dict[int, Ratings | str]]:
+def judge(found: Sequence[Extraction], chat: Chat, config: ExtractionConfig) -> list[dict[int, Ratings | str]]:
     """A judge's ratings of every readable candidate: per extraction, index -> ratings, or why there are none."""
     places = [(n, i, c.strategy) for n, e in enumerate(found) for i, c in enumerate(e.candidates) if c.strategy]
-    requests = [Request(filled(JUDGING, problem=found[n].problem.prompt, response=found[n].problem.solution,
-                               description=strategy_text(s)), 0, 0.0, 1.0, max_tokens) for n, _, s in places]
+    responses = [shown_response(e.problem, config)[0] for e in found]
+    requests = [Request(filled(JUDGING, problem=inside(found[n].problem.prompt), response=inside(responses[n]),
+                               description=inside(strategy_text(s))), 0, 0.0, 1.0, config.max_tokens)
+                for n, _, s in places]
     rated: list[dict[int, Ratings | str]] = [{} for _ in found]
     replies = chat.ask(requests, lambda _, reply: None)
     for (n, i, _), reply in zip(places, replies, strict=True):

@@ -159,7 +159,8 @@ class StrategyInspector(anywidget.AnyWidget):
             after = {**read_decisions(self.path), problem_id: line}
             write_atomic(self.path, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in after.values()))
         self.decisions = after
-        self.index = [self._row(i) if i == place else row for i, row in enumerate(self.index)]
+        self.index[place] = self._row(place)  # in place, which sends nothing: the page gets this row alone
+        self.send({"place": place, "row": self.index[place]})
         self.told = f"{problem_id}: {decision}, stored in {self.path}"
         if self.selected == place:
             self.item = self._item(place)

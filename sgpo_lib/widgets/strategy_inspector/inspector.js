@@ -263,9 +263,11 @@ export default {
       if (act) { e.preventDefault(); act(); }
     });
 
+    const patch = ({place, row}) => { model.get("index")[place] = row; draw(); };
     const names = ["change:item", "change:index", "change:told"];
     names.forEach((name) => model.on(name, draw));
+    model.on("msg:custom", patch);
     draw();
-    return () => names.forEach((name) => model.off(name, draw));
+    return () => { names.forEach((name) => model.off(name, draw)); model.off("msg:custom", patch); };
   },
 };
