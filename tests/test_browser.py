@@ -40,6 +40,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
         port = probe.getsockname()[1]
     environment = {**os.environ, "SGPO_RUNS": str(root / "runs"), "PLOTLY_RENDERER": "plotly_mimetype",
                    "JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_CONFIG_DIR": str(root / "config")}  # fmt: skip
+    settings = root / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"windowingMode": "none"}')  # cells outside the window stay in the page
+    environment["JUPYTERLAB_SETTINGS_DIR"] = str(root / "settings")
     with (root / "lab.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
@@ -118,7 +122,7 @@ def test_the_inspector_in_jupyterlab(page, lab):
     address, root = lab
     run_all(page, address, "notebooks/01_strategy_extraction.ipynb")
     box = page.locator(".sgpo-inspector")
-    box.wait_for(timeout=240_000)
+    box.scroll_into_view_if_needed(timeout=60_000)
     assert page.locator(".jp-OutputArea-output[data-mime-type*=stderr]").count() == 0
     assert "Problem alg-01" in box.locator(".left h4").first.inner_text()
     assert box.locator(".left math").count() > 5 and box.locator(".card").count() == 5
@@ -171,7 +175,7 @@ StrategyInspector(found, "hostile.jsonl", Verifier(RewardConfig()))"""
     (root / "hostile.ipynb").write_text(json.dumps(notebook))
     run_all(page, address, "hostile.ipynb")
     box = page.locator(".sgpo-inspector")
-    box.wait_for(timeout=240_000)
+    box.scroll_into_view_if_needed(timeout=60_000)
     assert "<img src=x" in box.locator(".left").inner_text()
     key(page, "e")
     time.sleep(1)

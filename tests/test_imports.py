@@ -28,7 +28,7 @@ ORDER = [
     "tracking", "objective", "trainer",
     "frames", "figures", "static_marks", "static_axes", "static_images", "comparison", "study", "claims",
     "study_figures", "exports",
-    "method_figures", "strategy_figures", "live", "heatmap", "jobs", "pages", "report", "launch", "batch_spec", "batch",
+    "method_figures", "strategy_figures", "groups_view", "live", "heatmap", "jobs", "pages", "report", "launch", "batch_spec", "batch",
     "cli",
 ]  # fmt: skip
 """Each module imports only from those above it. `x.*` are the remaining modules of package x, which do not import
