@@ -1,6 +1,7 @@
 """What strategy conditioning does to every token of a response, under both prompts of the same weights.
 
-Shape suffixes: N response tokens, H hidden size, V vocabulary. All quantities in nats.
+Shape suffixes: N response tokens, C tokens of a chunk, H hidden size, V vocabulary, K alternatives of a token, M all of
+them. All quantities in nats.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from collections.abc import Collection, Sequence
 
 import pandas as pd
 import torch
+from torch import Tensor
 
-from sgpo_lib.losses.token_kl import forward_kl_guided_to_unguided, token_logp_and_entropy
+from sgpo_lib.losses.token_kl import Head, divergence, entropy
 from sgpo_lib.policy import Policy
 from sgpo_lib.prompts import prompt_ids
+from sgpo_lib.readings import TokenReadings, readings_of
 from sgpo_lib.records import Problem, RolloutGroup
 
 _STEP_END = re.compile(r"[.;?!:]\s*$|\n\s*$")
@@ -22,48 +25,103 @@ _LIST_MARK = re.compile(r"\s*\d{1,2}[.)]\s*")
 
 
 @torch.no_grad()
-def token_frame(policy: Policy, problem: Problem, response: Sequence[int], delta: float = 1.0,
-                chunk: int = 256) -> pd.DataFrame:
-    """One row per response token, from two forward passes over the same response.
+def token_readings(policy: Policy, problem: Problem, response: Sequence[int], *, top: int = 5, chunk: int = 256,
+                   label: str = "") -> TokenReadings:
+    """Exact quantities of every response token under pi(.|q,s) and pi(.|q), and the `top` alternatives of both.
 
-    Columns: `token` (its text), `step` (index of the reasoning step), `kl` (forward KL guided to unguided, Eq. 3,
-    exact over the vocabulary), `kept` (kl <= delta, Eq. 5), `guided_logp`, `unguided_logp`, `sft_loss`
-    (-unguided_logp), `guided_entropy`, `unguided_entropy`.
-    Raises ValueError where the problem has no strategy or the response is empty.
+    Two forward passes give the hidden states; full distributions exist for `chunk` tokens at a time. Logits are in
+    float32 also where the weights are bfloat16 (a training step takes them in the weights' type, so its numbers differ
+    by that rounding); sums of a divergence that rounding puts below 0 are 0. Among equally likely tokens the one with
+    the lowest id is the most likely, and which of them are among the `top` is left open.
+    Raises ValueError where the problem has no strategy, the response is empty or foreign to the model, or prompt and
+    response exceed the context.
     """
-    batches = {guided: policy.token_batch([(prompt_ids(policy.tokenizer, problem, guided=guided), tuple(response))])
-               for guided in (True, False)}
+    if top < 0 or chunk < 1:
+        raise ValueError(f"token_readings: got top={top} and chunk={chunk}, expected at least 0 and 1")
+    ids = [int(i) for i in response]
+    matrix_VH, bias_V = policy.head()
+    _check_response(policy, problem, ids, len(matrix_VH))
+    target_N = torch.tensor(ids, device=policy.device)
+    guided_NH, unguided_NH = (_hidden(policy, problem, ids, guided=guided) for guided in (True, False))
+    half = matrix_VH.dtype in (torch.bfloat16, torch.float16)
+    head = (matrix_VH.float(), None if bias_V is None else bias_V.float()) if half else (matrix_VH, bias_V)
+    columns: list[dict[str, Tensor]] = []
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+    for start in range(0, len(ids), chunk):
+        part = slice(start, start + chunk)
+        numbers, alternatives = _chunk(guided_NH[part], unguided_NH[part], target_N[part], head, top)
+        columns.append(numbers)
+        kept.append(alternatives)
+    table = pd.DataFrame({name: torch.cat([c[name] for c in columns]).cpu().numpy() for name in columns[0]})
+    alternative_NK, guided_logp_NK, unguided_logp_NK = (torch.cat(parts).cpu().numpy() for parts in zip(
+        *kept, strict=True))
+    return readings_of(policy.tokenizer, ids, table.assign(guided_missing=0.0, unguided_missing=0.0), alternative_NK,
+                       guided_logp_NK, unguided_logp_NK, exact=True, label=label)
+
+
+def _check_response(policy: Policy, problem: Problem, ids: Sequence[int], vocabulary: int) -> None:
+    if not ids:
+        raise ValueError(f"problem {problem.id}: got a response of 0 tokens, expected at least one (the end "
+                         "token counts)")
+    if foreign := [i for i in ids if not 0 <= i < vocabulary]:
+        raise ValueError(f"problem {problem.id}: the response has token id {foreign[0]}, expected 0 to "
+                         f"{vocabulary - 1}. Take a response of this model, or encode its text with its tokenizer")
+
+
+def _hidden(policy: Policy, problem: Problem, ids: Sequence[int], *, guided: bool) -> Tensor:
+    """States [N, H] that predict the response tokens, with dropout off; the model is left in the mode it was in."""
+    prompt = prompt_ids(policy.tokenizer, problem, guided=guided)
+    if len(prompt) + len(ids) > policy.context:
+        raise ValueError(f"problem {problem.id}: got a {'guided' if guided else 'autonomous'} prompt of {len(prompt)} "
+                         f"and a response of {len(ids)} tokens, expected at most {policy.context} together (the "
+                         "context). Shorten the response, or take a model with a longer context")
     training = policy.model.training
     policy.model.eval()
-    hidden = {guided: policy.response_hidden(batch) for guided, batch in batches.items()}
-    policy.model.train(training)
-    head = policy.head()
-    target_N = batches[False].target_N
-    guided_logp_N, guided_entropy_N = token_logp_and_entropy(hidden[True], target_N, *head, chunk)
-    unguided_logp_N, unguided_entropy_N = token_logp_and_entropy(hidden[False], target_N, *head, chunk)
-    kl_N = forward_kl_guided_to_unguided(hidden[True], hidden[False], *head, chunk)
-    tokens = token_texts(policy, response)
-    return pd.DataFrame({
-        "token": tokens, "step": step_of_tokens(tokens), "kl": kl_N.tolist(), "kept": (kl_N <= delta).tolist(),
-        "guided_logp": guided_logp_N.tolist(), "unguided_logp": unguided_logp_N.tolist(),
-        "sft_loss": (-unguided_logp_N).tolist(), "guided_entropy": guided_entropy_N.tolist(),
-        "unguided_entropy": unguided_entropy_N.tolist()})
+    try:
+        return policy.response_hidden(policy.token_batch([(prompt, ids)]))
+    finally:
+        policy.model.train(training)
 
 
-def token_texts(policy: Policy, response: Sequence[int]) -> list[str]:
-    """Text of each token as it adds to the decoded response, so that the texts join to the whole.
+def _chunk(guided_CH: Tensor, unguided_CH: Tensor, target_C: Tensor, head: Head,
+           top: int) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Columns of the table, and (alternatives, guided and unguided log-probability) [C, K], repeated ids included."""
+    guided_CV, guided_rank_C, guided_top_CK = _side(guided_CH, target_C, head, top)
+    unguided_CV, unguided_rank_C, unguided_top_CK = _side(unguided_CH, target_C, head, top)
+    at = target_C[:, None]
+    guided_C, unguided_C = guided_CV.gather(1, at)[:, 0], unguided_CV.gather(1, at)[:, 0]
+    alternative_CK = torch.cat([at, guided_top_CK[:, 1:], unguided_top_CK[:, 1:]], dim=1)
+    return ({
+        "forward_kl": divergence(guided_CV, unguided_CV).clamp(min=0),
+        "reverse_kl": divergence(unguided_CV, guided_CV).clamp(min=0),
+        "guided_logp": guided_C, "unguided_logp": unguided_C, "sft_loss": -unguided_C,
+        "log_ratio": guided_C - unguided_C, "guided_entropy": entropy(guided_CV),
+        "unguided_entropy": entropy(unguided_CV), "guided_rank": guided_rank_C, "unguided_rank": unguided_rank_C,
+        "top1_agree": guided_top_CK[:, 0] == unguided_top_CK[:, 0],
+    }, (alternative_CK, guided_CV.gather(1, alternative_CK), unguided_CV.gather(1, alternative_CK)))
 
-    A character of several tokens stands with its last one; the others are empty.
+
+def _side(hidden_CH: Tensor, target_C: Tensor, head: Head, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [C, V], rank of each target [C], and ids [C, 1 + K]: the most likely one, then the `top`."""
+    logits_CV = torch.nn.functional.linear(hidden_CH.to(head[0].dtype), *head)
+    rank_C = (logits_CV > logits_CV.gather(1, target_C[:, None])).sum(1) + 1
+    top_CK = logits_CV.topk(min(top, logits_CV.shape[1]), dim=1).indices
+    return torch.log_softmax(logits_CV, dim=-1), rank_C, torch.cat([logits_CV.argmax(1, keepdim=True), top_CK], dim=1)
+
+
+def token_frame(policy: Policy, problem: Problem, response: Sequence[int], delta: float = 1.0,
+                chunk: int = 256) -> pd.DataFrame:
+    """`step_table` of `token_readings`. Raises what that raises."""
+    return step_table(token_readings(policy, problem, response, top=0, chunk=chunk), delta)
+
+
+def step_table(readings: TokenReadings, delta: float = 1.0) -> pd.DataFrame:
+    """The table of readings with what Eq. 5 does to each token, for steps, heat maps and sets of responses.
+
+    `forward_kl` is named `kl`; added are `step` (index of the reasoning step) and `kept` (kl <= delta).
     """
-    texts, shown = [], 0
-    for end in range(1, len(response) + 1):
-        text = policy.tokenizer.decode(response[:end])
-        if text.endswith("\ufffd") and end < len(response):  # so far, only a part of a character
-            texts.append("")
-        else:
-            texts.append(text[shown:])
-            shown = len(text)
-    return texts
+    table = readings.table.rename(columns={"forward_kl": "kl"})
+    return table.assign(step=step_of_tokens(table["token"].tolist()), kept=table["kl"] <= delta)
 
 
 def step_of_tokens(tokens: Sequence[str]) -> list[int]:
@@ -88,9 +146,9 @@ def step_frame(tokens: pd.DataFrame) -> pd.DataFrame:
     return frame
 
 
-def top_share(tokens: pd.DataFrame, share: float = 0.1) -> float:
-    """Share of the response's whole KL that its top `share` of tokens hold (at least one token)."""
-    ordered = tokens["kl"].sort_values(ascending=False)
+def top_share(tokens: pd.DataFrame, share: float = 0.1, column: str = "kl") -> float:
+    """Share of the response's whole KL (or another column's sum) that its top `share` of tokens hold, at least one."""
+    ordered = tokens[column].sort_values(ascending=False)
     count = max(1, round(share * len(ordered)))
     total = float(ordered.sum())
     return float(ordered.head(count).sum()) / total if total > 0 else 0.0
@@ -128,18 +186,18 @@ def selectivity(tokens: pd.DataFrame, critical: Sequence[bool]) -> dict[str, flo
     return told
 
 
-def token_table(policy: Policy, groups: Sequence[RolloutGroup], critical: Collection[str],
-                delta: float = 1.0) -> pd.DataFrame:
-    """`token_frame` of every correct guided response of judged groups, one after another.
+def token_table(policy: Policy, groups: Sequence[RolloutGroup], critical: Collection[str] = (),
+                delta: float = 1.0, *, only_correct: bool = True) -> pd.DataFrame:
+    """`token_frame` of every correct guided response of judged groups (or of every guided one), one after another.
 
     Adds the columns `response` (a running number), `problem`, `critical` (the token is one of the words `critical`) and
     `stage`: 1, 2, ... for the reasoning steps with a critical word, 0 for what comes before them, -1 for what comes
-    after. Empty where no guided response is correct.
+    after. Empty where there is no such response.
     """
     frames: list[pd.DataFrame] = []
     for group in groups:
         for rollout in group.guided:
-            if rollout.verdict and rollout.verdict.correct:
+            if not only_correct or (rollout.verdict and rollout.verdict.correct):
                 frame = token_frame(policy, group.problem, rollout.token_ids, delta)
                 frame["critical"] = [token.strip() in critical for token in frame["token"]]
                 frames.append(frame.assign(stage=_stages(frame), response=len(frames), problem=group.problem.id))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -63,7 +64,7 @@ def guidance_frame(groups: Sequence[RolloutGroup], method: MethodConfig) -> pd.D
     """
     rows = []
     for g in groups:
-        row = {"problem": g.problem.id, "family": g.problem.family}
+        row: dict[str, Any] = {"problem": g.problem.id, "family": g.problem.family}
         for name, responses in (("p_auto", g.autonomous), ("p_guide", g.guided)):
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval([o.reward for o in responses]),
                             strict=True))  # fmt: skip

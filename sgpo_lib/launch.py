@@ -121,9 +121,19 @@ def _execute(path: Path, placed: dict[str, Any], job: Path, log: LogWriter) -> d
                               "or killed)" if type(error).__name__ == "DeadKernelError" else str(error)}
     if partial.exists():
         partial.replace(job / "notebook.ipynb")
+        _trust(job / "notebook.ipynb")
     else:
         (job / "notebook.ipynb").write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     return failure
+
+
+def _trust(executed: Path) -> None:
+    """Sign an executed notebook with this user's Jupyter key, so that JupyterLab shows the widgets stored in it."""
+    import nbformat
+    from nbformat.sign import NotebookNotary
+
+    with contextlib.suppress(OSError):  # no place for the key: the static view in its place is shown
+        NotebookNotary().sign(nbformat.read(executed, as_version=4))
 
 
 def _code_cell(executed: Path) -> int | None:

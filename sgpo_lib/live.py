@@ -1,4 +1,4 @@
-"""Curves that grow in a notebook while runs train, and lines for a log where nobody watches."""
+"""Lines on a run in progress, for a log where nobody watches."""
 
 from __future__ import annotations
 
@@ -6,44 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import pandas as pd
-from IPython.display import clear_output, display
-
 from sgpo_lib.config import RunConfig
-from sgpo_lib.figures import learning_curves
 
 LINE_EVERY, SLOW_SECONDS = 10, 3.0
 """Steps between printed lines; steps slower than this get a line each."""
-
-
-class LiveCurves:
-    """One figure for several runs: `train(config, on_row=live.watch(config))`.
-
-    The figure is redrawn at every evaluation, in place of the cell's earlier output; an executed notebook keeps the
-    last state.
-    """
-
-    def __init__(self, metric: str = "accuracy", kind: str = "eval", title: str = ""):
-        self.metric, self.kind, self.title = metric, kind, title
-        self.rows: list[dict[str, Any]] = []
-
-    def watch(self, config: RunConfig) -> Callable[[dict[str, Any]], None]:
-        """Receiver of one run's rows."""
-        about = {"run": config.label, "profile": config.profile, "method": config.method.method, "seed": config.seed}
-
-        def receive(row: dict[str, Any]) -> None:
-            self.rows.append({**about, **row})
-            if row["kind"] == self.kind and self.metric in row:
-                self._draw()
-            print_row(config, row)
-
-        return receive
-
-    def _draw(self) -> None:
-        # JupyterLab's plotly renderer ignores update_display, so the cell's output is replaced: the new figure, then
-        # the lines printed after it
-        clear_output(wait=True)
-        display(learning_curves(pd.DataFrame(self.rows), self.metric, self.kind, self.title))
 
 
 def progress_line(row: dict[str, Any], steps: int) -> str:

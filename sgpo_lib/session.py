@@ -151,8 +151,10 @@ class Session(OpenModel):
         self.run.forget_after(self.step)
 
 
-def open_model(config: RunConfig) -> OpenModel:
+def open_model(config: RunConfig, policy: Policy | None = None) -> OpenModel:
     """Load problems and policy (with the weights of `init_from`, where it is set), ready to sample and judge.
+
+    A given `policy` takes the place of the one that `config` names.
 
     The verifier's processes start on first use and end with this process, or with `verifier.close()`.
     Raises ValueError for whatever cannot work: problems, model, weights.
@@ -160,9 +162,10 @@ def open_model(config: RunConfig) -> OpenModel:
     if config.train.torch_threads:
         torch.set_num_threads(config.train.torch_threads)
     splits = load(config.data)
-    policy = load_policy(config.model, base_source(config.model), config.seed)
-    if config.train.init_from:
-        policy.load(final_weights(config.train.init_from, config))
+    if policy is None:
+        policy = load_policy(config.model, base_source(config.model), config.seed)
+        if config.train.init_from:
+            policy.load(final_weights(config.train.init_from, config))
     engine = TransformersEngine(policy, config.rollout.rollout_batch)
     return OpenModel(config, policy, engine, Verifier(config.reward), splits)
 

@@ -178,7 +178,7 @@ def step_metrics(session: Session, groups: Sequence[RolloutGroup], works: Sequen
         part = [w.alpha for w in works if is_spoiled(w.group.problem) == bad]
         row |= {name: sum(part) / len(part)} if part else {}
     if method.distillation in DIVERGENCES:
-        row |= {"kl_mean": per("kl_sum", "kl_token_count"),
+        row |= {"kl_mean": per("kl_sum", "kl_token_count"), "kl_kept_mean": per("kl_kept_sum", "kl_token_count"),
                 "kl_clipped_share": per("kl_clipped_count", "kl_token_count")}
     if method.expert != "none":
         learned = [w for w in works if (w.expert_advantage if method.expert == "group" else w.imitates)]

@@ -1,12 +1,9 @@
-"""Token quantities against float64 sums over the model's own logits; reasoning steps; the heat map's HTML."""
+"""Token quantities against float64 sums over the model's own logits; reasoning steps."""
 
 from __future__ import annotations
 
-import html
 import math
 import random
-from html.parser import HTMLParser
-from typing import Any
 
 import numpy as np
 import oracles
@@ -21,17 +18,14 @@ from sgpo_lib.analysis import (
     step_frame,
     step_of_tokens,
     token_frame,
-    token_texts,
     top_share,
 )
-from sgpo_lib.heatmap import token_heatmap
 from sgpo_lib.policy import Policy
 from sgpo_lib.prompts import prompt_ids, response_ids
+from sgpo_lib.readings import COLUMNS
 from sgpo_lib.records import Problem
 from sgpo_lib.testbed_families import FAMILIES
-
-COLUMNS = ["token", "step", "kl", "kept", "guided_logp", "unguided_logp", "sft_loss", "guided_entropy",
-           "unguided_entropy"]
+from sgpo_lib.token_text import token_texts
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +68,7 @@ def test_every_column_equals_the_sum_over_the_vocabulary(policy, problem, respon
     middle = sorted(oracles.token_kls(guided, unguided))[len(response) // 2 - 1 : len(response) // 2 + 1]
     delta = sum(middle) / 2
     frame = token_frame(policy, problem, response, delta=delta, chunk=chunk)
-    assert list(frame.columns) == COLUMNS
+    assert list(frame.columns) == [*(c.replace("forward_kl", "kl") for c in COLUMNS), "step", "kept"]
     expected = {
         "kl": oracles.token_kls(guided, unguided),
         "guided_logp": oracles.token_logps(guided, response),
@@ -119,49 +113,6 @@ def test_the_model_is_left_as_it_was(policy, problem, response, training):
     assert all(p.grad is None for p in policy.parameters())
 
 
-# ------------------------------------------------------------------------------------------------------ token texts
-
-
-def test_texts_join_to_the_decoded_response(policy, problem, response):
-    assert "".join(token_texts(policy, response)) == policy.tokenizer.decode(response)
-    assert "".join(token_frame(policy, problem, response)["token"]) == policy.tokenizer.decode(response)
-    assert len(token_texts(policy, response)) == len(response)
-    assert token_texts(policy, ()) == []
-
-
-@pytest.mark.parametrize("text", ["plain", "½ of 3 € is ☃", "日本語", "🧮 12", "café", "a\ufffdb", "e\u0301"])
-def test_characters_of_several_tokens_stay_whole(text):
-    """Byte-level tokenizers (SmolLM2, Qwen, Llama) split what is not ASCII into pieces that decode to nothing."""
-    ids = encode_bytes(text)
-    assert "".join(token_texts(byte_policy(), ids)) == text
-    assert len(token_texts(byte_policy(), ids)) == len(ids)
-
-
-def test_a_response_cut_inside_a_character_still_joins():
-    ids = encode_bytes("5 €")[:-1]
-    assert "".join(token_texts(byte_policy(), ids)) == byte_policy().tokenizer.decode(ids)
-
-
-def byte_policy() -> Policy:
-    """A policy whose tokens are single bytes, as far as texts need it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False)
-    nothing: Any = None
-    return Policy(nothing, tokenizer, torch.device("cpu"), lora=False, context=512)
-
-
-def encode_bytes(text: str) -> list[int]:
-    ids = byte_policy().tokenizer.encode(text)
-    assert len(ids) == len(text.encode())
-    return ids
-
-
 # ------------------------------------------------------------------------------------------------------------ steps
 
 
@@ -180,9 +131,9 @@ def test_steps_end_with_a_sentence_a_semicolon_or_a_line_but_not_with_a_decimal_
 
 def test_steps_of_nothing_and_of_a_testbed_solution(policy, response):
     assert step_of_tokens([]) == []
-    steps = step_of_tokens(token_texts(policy, response))
+    steps = step_of_tokens(token_texts(policy.tokenizer, response))
     assert steps == sorted(steps)
-    assert steps[-1] == token_texts(policy, response).count(" ;")
+    assert steps[-1] == token_texts(policy.tokenizer, response).count(" ;")
 
 
 def frame_of(tokens: list[str], kl: list[float], steps: list[int] | None = None) -> pd.DataFrame:
@@ -205,82 +156,6 @@ def test_steps_are_summed_up_by_their_means():
 ])  # fmt: skip
 def test_share_of_the_top_tokens(kl, share, expected):
     assert top_share(frame_of(["x"] * len(kl), kl), share) == pytest.approx(expected)
-
-
-# --------------------------------------------------------------------------------------------------------- heat map
-
-
-class Page(HTMLParser):
-    """Tags, attributes and text of a fragment."""
-
-    def __init__(self, text: str):
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def tokens(self) -> list[dict[str, str | None]]:
-        """Attributes of the spans that stand for tokens."""
-        return [attributes for tag, attributes in self.tags if tag == "span" and "title" in attributes]
-
-
-HOSTILE = ["<script>alert(1)</script>", "\"><img src=x onerror=alert(1)>", "' onmouseover='x", "&lt;b&gt;", "</div>",
-           "<!--", "]]>"]
-
-
-def test_hostile_text_stays_text():
-    page = Page(token_heatmap(frame_of(HOSTILE, [0.1] * len(HOSTILE)), title="</div><script>x</script>"))
-    assert {tag for tag, _ in page.tags} == {"div", "span"}
-    assert all(set(attributes) <= {"style", "title"} for _, attributes in page.tags)
-    assert "".join(HOSTILE) in page.text
-    assert "</div><script>x</script>" in page.text
-    assert len(page.tokens()) == len(HOSTILE)
-
-
-def test_a_hostile_column_name_stays_text():
-    name = '"><script>alert(1)</script>'
-    frame = frame_of(["a"], [0.2]).rename(columns={"kl": name})
-    page = Page(token_heatmap(frame, name))
-    assert {tag for tag, _ in page.tags} == {"div", "span"}
-    assert (page.tokens()[0]["title"] or "").startswith(name)
-
-
-def test_tokens_above_the_ceiling_are_outlined_and_no_others():
-    values = [0.0, 0.5, 1.0, 1.0001, 9.0]
-    styles = [t["style"] or "" for t in Page(token_heatmap(frame_of(list("abcde"), values), ceiling=1.0)).tokens()]
-    assert ["outline" in s for s in styles] == [False, False, False, True, True]
-    assert [float(s.partition("rgba(213,94,0,")[2].partition(")")[0]) for s in styles] == [0, 0.5, 1, 1, 1]
-
-
-def test_without_a_ceiling_the_largest_value_has_the_full_colour():
-    """`kl_delta` may be inf: nothing is masked, and the map should still show something."""
-    page = Page(token_heatmap(frame_of(list("ab"), [1.0, 4.0]), ceiling=float("inf")))
-    styles = [t["style"] or "" for t in page.tokens()]
-    assert [float(s.partition("rgba(213,94,0,")[2].partition(")")[0]) for s in styles] == [0.25, 1]
-    assert not any("outline" in s for s in styles)
-
-
-def test_hovering_shows_the_numbers_and_line_ends_are_visible():
-    text = token_heatmap(frame_of(["a\n", "b"], [0.25, 0.0]), title="KL")
-    page = Page(text)
-    tip = page.tokens()[0]["title"] or ""
-    assert "kl 0.2500 nats" in tip
-    assert "p guided 0.607, p unguided 0.368" in tip
-    assert "a↵\nb" in page.text
-    assert "<script" not in text
-    assert html.unescape(page.text).startswith("KL ")
-
-
-def test_an_unknown_column_is_refused():
-    with pytest.raises(ValueError, match="no column 'klx' to colour by; there are token, step, kl"):
-        token_heatmap(frame_of(["a"], [0.0]), "klx")
 
 
 # --- selectivity ------------------------------------------------------------------------------------------------

@@ -18,17 +18,23 @@ FOLDER = Path(sgpo_lib.__file__).parent
 MAX_LINES = 350
 
 ORDER = [
-    "method_config", "config", "config_checks", "records", "prompts", "testbed_families", "testbed", "tiny", "recipes",
+    "method_config", "config", "config_checks", "records", "prompts", "token_text", "readings",
+    "testbed_families", "testbed", "tiny", "recipes",
     "runs", "answers", "equivalence", "reward_worker",
     "rewards", "strategies", "sources", "sources.rows", "sources.*", "sources.catalogue", "problems", "batching",
     "policy", "rollouts.interface", "rollouts", "rollouts.*", "losses.masked", "losses", "losses.grpo", "losses.*",
     "analysis", "evaluation", "bases", "extraction", "extraction.records", "extraction.words", "extraction.mentions",
     "extraction.reading", "extraction.leaks", "extraction.chat", "extraction.pipeline", "extraction.quality",
-    "extraction.command", "widgets", "widgets.strategy_inspector", "guided_side", "session", "supervised",
+    "extraction.command", "served", "widgets", "widgets.strategy_inspector",
+    "widgets.run_monitor.curves", "widgets.run_monitor.following", "widgets.run_monitor.*", "widgets.run_monitor",
+    "widgets.token_kl.metrics", "widgets.token_kl.ramps", "widgets.token_kl.panes", "widgets.token_kl.payload",
+    "widgets.token_kl.static", "widgets.token_kl.page", "widgets.token_kl", "microscope",
+    "guided_side", "session", "policy_sources", "supervised",
     "tracking", "objective", "trainer",
-    "frames", "figures", "static_marks", "static_axes", "static_images", "comparison", "study", "claims",
-    "study_figures", "exports",
-    "method_figures", "strategy_figures", "groups_view", "live", "heatmap", "jobs", "pages", "report", "launch", "batch_spec", "batch",
+    "frames", "figures", "token_statistics", "token_figures", "static_marks", "static_axes", "static_images",
+    "comparison", "study", "claims", "study_figures", "exports",
+    "method_figures", "strategy_figures", "groups_view", "live", "jobs", "pages", "report", "launch",
+    "batch_spec", "batch",
     "cli",
 ]  # fmt: skip
 """Each module imports only from those above it. `x.*` are the remaining modules of package x, which do not import

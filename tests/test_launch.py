@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from nbformat.sign import NotebookNotary
 
 from sgpo_lib import batch, jobs
 from sgpo_lib.batch import run_batch
@@ -108,6 +109,10 @@ def test_run_then_skip_then_run_again(tmp_path, monkeypatch):
     page = (job / "report.html").read_text()
     assert "<title>A trial</title>" in page and "cdnjs" not in page and 'src="http' not in page and "<svg" in page
     assert yaml.safe_load((job / "parameters.yaml").read_text())["parameters"]["steps"] == 7
+    executed = nbformat.read(job / "notebook.ipynb", as_version=4)
+    assert NotebookNotary().check_signature(executed), "JupyterLab shows the widgets of trusted notebooks only"
+    executed.cells[-1].source += "\n1"
+    assert not NotebookNotary().check_signature(executed)
     before = (job / "DONE").read_text()
     assert run_notebook(path, {"steps": 7, "kl_delta": 2.0}, job).fresh is False
     assert (job / "DONE").read_text() == before

@@ -84,7 +84,7 @@ def test_02_guided_vs_autonomous(tmp_path):
 
 def test_03_training(tmp_path):
     text = execute(tmp_path, "03_lora_sgpo", profile="tiny", steps=2, eval_every=1, overrides={**SHORT, "lora_rank": 4})
-    assert text.count("PLOT") >= 4 and "sft_grpo" in text
+    assert text.count("PLOT") == 3 and "sft_grpo" in text and "last values" in text
 
 
 def test_04_token_kl(tmp_path):

@@ -63,5 +63,5 @@ def clipped_kl_loss(kl_N: Float[Tensor, " N"], weight_N: Float[Tensor, " N"], de
     # where(), not only a product: an infinite divergence times zero would be NaN
     used_N = torch.where(scale_N > 0, kl_N, torch.zeros_like(kl_N)) * scale_N
     return LossOutput((weight_N * used_N).sum(),
-                      {"kl_sum": float(kl_N.detach().sum()), "kl_clipped_count": float((~kept_N).sum()),
-                       "kl_token_count": float(kl_N.numel())})
+                      {"kl_sum": float(kl_N.detach().sum()), "kl_kept_sum": float(used_N.detach().sum()),
+                       "kl_clipped_count": float((~kept_N).sum()), "kl_token_count": float(kl_N.numel())})

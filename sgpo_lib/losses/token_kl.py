@@ -20,6 +20,16 @@ Head = tuple[Float[Tensor, "V H"], Float[Tensor, " V"] | None]
 """Output matrix and bias: logits = hidden @ matrix.T + bias."""
 
 
+def divergence(logp_NV: Tensor, other_logp_NV: Tensor) -> Tensor:
+    """KL(a || b) of each row's log-probabilities over the vocabulary: sum_v a(v) (log a(v) - log b(v))."""
+    return (logp_NV.exp() * (logp_NV - other_logp_NV)).sum(-1)
+
+
+def entropy(logp_NV: Tensor) -> Tensor:
+    """-sum_v a(v) log a(v) of each row's log-probabilities."""
+    return -(logp_NV.exp() * logp_NV).sum(-1)
+
+
 def _log_softmax(hidden_NH: Tensor, head_VH: Tensor, bias_V: Tensor | None) -> Tensor:
     logits_NV = torch.nn.functional.linear(hidden_NH, head_VH, bias_V)
     return torch.log_softmax(logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float(), dim=-1)
@@ -44,7 +54,7 @@ def token_logp_and_entropy(hidden_NH: Float[Tensor, "N H"], target_N: Int[Tensor
     def one(hidden: Tensor, target: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
         logp = _log_softmax(hidden, head, bias)
         inner = logp if entropy_gradient else logp.detach()
-        return torch.stack([logp.gather(-1, target[:, None])[:, 0], -(inner.exp() * inner).sum(-1)], dim=-1)
+        return torch.stack([logp.gather(-1, target[:, None])[:, 0], entropy(inner)], dim=-1)
 
     both_N2 = _in_chunks(one, chunk, (hidden_NH, target_N), head_VH, bias_V)
     return both_N2[:, 0], both_N2[:, 1] if entropy_gradient else both_N2[:, 1].detach()
@@ -59,9 +69,6 @@ def forward_kl_guided_to_unguided(guided_hidden_NH: Float[Tensor, "N H"], unguid
     unguided states, and the matrix through the unguided side alone. `guided_head` is the guided side's output matrix
     and bias where they are other weights (a frozen or averaged copy).
     """
-    def divergence(guided_logp: Tensor, unguided_logp: Tensor) -> Tensor:
-        return (guided_logp.exp() * (guided_logp - unguided_logp)).sum(-1)
-
     return _kl(divergence, guided_hidden_NH, unguided_hidden_NH, (head_VH, bias_V), chunk, guided_head)
 
 
@@ -72,17 +79,17 @@ def reverse_kl_unguided_to_guided(guided_hidden_NH: Float[Tensor, "N H"], unguid
 
     Arguments and stop-gradient as in `forward_kl_guided_to_unguided`.
     """
-    def divergence(guided_logp: Tensor, unguided_logp: Tensor) -> Tensor:
-        return (unguided_logp.exp() * (unguided_logp - guided_logp)).sum(-1)
+    def backwards(guided_logp: Tensor, unguided_logp: Tensor) -> Tensor:
+        return divergence(unguided_logp, guided_logp)
 
-    return _kl(divergence, guided_hidden_NH, unguided_hidden_NH, (head_VH, bias_V), chunk, guided_head)
+    return _kl(backwards, guided_hidden_NH, unguided_hidden_NH, (head_VH, bias_V), chunk, guided_head)
 
 
-def _kl(divergence: Callable[[Tensor, Tensor], Tensor], guided_hidden_NH: Tensor, unguided_hidden_NH: Tensor,
+def _kl(measure: Callable[[Tensor, Tensor], Tensor], guided_hidden_NH: Tensor, unguided_hidden_NH: Tensor,
         head: Head, chunk: int, guided_head: Head | None) -> Tensor:
     def one(guided: Tensor, unguided: Tensor, guided_side: Head, unguided_side: Head) -> Tensor:
         with torch.no_grad():
             guided_logp = _log_softmax(guided, *guided_side)
-        return divergence(guided_logp, _log_softmax(unguided, *unguided_side))
+        return measure(guided_logp, _log_softmax(unguided, *unguided_side))
 
     return _in_chunks(one, chunk, (guided_hidden_NH.detach(), unguided_hidden_NH), guided_head or head, head)

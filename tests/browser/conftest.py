@@ -1,0 +1,84 @@
+"""A JupyterLab over a copy of the notebooks, and a browser, for all browser tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import CHROMIUM, FLAGS
+
+from sgpo_lib.runs import runs_root
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Address (with token) and root folder of a JupyterLab over a copy of the notebooks."""
+    assert CHROMIUM, "no Chromium or Chrome on this machine: apt install chromium, or set CHROMIUM to its path"
+    root = tmp_path_factory.mktemp("lab")
+    shutil.copytree(ROOT / "notebooks", root / "notebooks")
+    (root / "runs").mkdir()
+    (root / "runs" / "bases").symlink_to((runs_root() / "bases").resolve())
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {**os.environ, "SGPO_RUNS": str(root / "runs"), "PLOTLY_RENDERER": "plotly_mimetype",
+                   "JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_CONFIG_DIR": str(root / "config")}  # fmt: skip
+    settings = root / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"windowingMode": "none"}')  # cells outside the window stay in the page
+    environment["JUPYTERLAB_SETTINGS_DIR"] = str(root / "settings")
+    with (root / "lab.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
+             "--IdentityProvider.token=t", f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True",
+             "--allow-root"], stdout=log, stderr=subprocess.STDOUT, env=environment)  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api?token=t", timeout=5):
+                break
+            assert process.poll() is None and time.monotonic() < deadline, (root / "lab.log").read_text()[-2000:]
+            time.sleep(0.5)
+        yield address, root
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make test-browser")
+    with api.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: Any, lab: tuple[str, Path]) -> Iterator[Any]:
+    """A page for JupyterLab; no page error and no request to another host may have come when the test ends."""
+    opened = browser.new_page(viewport={"width": 1500, "height": 1100})
+    errors: list[str] = []
+    outside: list[str] = []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    known = (lab[0], lab[0].replace("http", "ws"), "data:", "blob:")
+    opened.on("request", lambda r: None if r.url.startswith(known) else outside.append(r.url))
+    yield opened
+    opened.close()
+    assert errors == [] and outside == []
