@@ -23,6 +23,7 @@ from sgpo_lib.bases import base_source
 from sgpo_lib.config import ModelConfig
 from sgpo_lib.extraction.pipeline import read_extractions
 from sgpo_lib.policy import load_policy
+from sgpo_lib.records import Problem, Strategy
 from sgpo_lib.rollouts.interface import SampleRequest
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(
@@ -48,7 +49,7 @@ def server(source: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", source, "--host", "127.0.0.1",
-             "--port", str(port), "--served-model-name", MODEL, "--dtype", "bfloat16", "--enforce-eager",
+             "--port", str(port), "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager",
              "--max-model-len", "4096", "--max-num-seqs", "16"],
             stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "VLLM_NO_USAGE_STATS": "1"})  # fmt: skip
     address = f"http://127.0.0.1:{port}"
@@ -120,6 +121,30 @@ def test_a_server_that_is_not_there_stops_the_run_and_loses_nothing(server, tmp_
     assert extract(tmp_path, server, "--count", "2", "--chunk", "1").returncode in (0, 1)
     assert (tmp_path / "strategies.jsonl").read_text().startswith(kept)
     assert len(read_extractions(tmp_path / "strategies.jsonl")) == 2
+
+
+def test_readings_of_a_served_model_are_bounds_of_the_exact_ones(server, source, monkeypatch):
+    """Both prompts of one response through the server's prompt_logprobs, beside the full distributions here."""
+    from sgpo_lib.analysis import token_readings
+    from sgpo_lib.served import served_readings
+
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{server}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    policy = load_policy(ModelConfig(source=source, lora_rank=0), source, seed=0)
+    steps = Strategy("Sum of two numbers", "Add tens and units apart", ("Add the tens", "Add the units", "Combine"))
+    problem = Problem("p", "What is 27 + 48?", "75", strategy=steps)
+    response = policy.tokenizer.encode("First, 20 + 40 = 60 and 7 + 8 = 15. Combined this is 75.")
+    exact = token_readings(policy, problem, response).table
+    bounds = {}
+    for top in (1, 20):
+        read = served_readings(problem, response, policy.tokenizer, MODEL, top=top)
+        assert not read.exact and read.table["token_id"].tolist() == response
+        for side in ("guided_logp", "unguided_logp"):
+            assert (read.table[side] - exact[side]).abs().max() < 2e-3
+        assert (read.table["forward_kl"] <= exact["forward_kl"] + 2e-3).all()
+        bounds[top] = float(read.table["forward_kl"].sum())
+        assert 0 < read.table["guided_missing"].mean() < 1
+    assert bounds[1] < bounds[20] and bounds[20] > 0.5 * float(exact["forward_kl"].sum()) > 0.1
 
 
 @pytest.fixture(scope="module")

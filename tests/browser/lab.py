@@ -67,6 +67,12 @@ def ask(page: Any, code: str) -> str:
       return text.trim(); }}""", code)  # fmt: skip
 
 
+def theme(page: Any, name: str) -> None:
+    """Change JupyterLab's theme: `Light` or `Dark`. It lasts beyond the page."""
+    page.evaluate(f"window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {name}'}})")
+    until(lambda: page.locator("body").get_attribute("data-jp-theme-light") == str(name == "Light").lower(), 20)
+
+
 def shot(page: Any, name: str) -> None:
     """A picture into the folder that SGPO_SHOTS names, for a person; nothing without it."""
     if folder := os.environ.get("SGPO_SHOTS"):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import run_all, until, write_notebook
+from lab import run_all, shot, theme, until, write_notebook
 
 pytestmark = pytest.mark.browser
 HOSTILE = ('<img src=x onerror="window.pwned=1"> <script>window.pwned=2</script> '
@@ -37,6 +37,7 @@ def test_the_inspector_in_jupyterlab(page, lab):
     assert box.locator(".left math").count() > 5 and box.locator(".card").count() == 5
     assert box.locator(".score .fill").count() == 25
     assert box.locator("mark.answer").first.inner_text() == "twenty-one"
+    shot(page, "inspector_light")
     file = root / "runs" / "strategies" / "collection.decisions.jsonl"
     key(page, "3")
     until(lambda: box.locator(".card").nth(2).get_attribute("class") == "card picked")
@@ -58,6 +59,9 @@ def test_the_inspector_in_jupyterlab(page, lab):
     box.locator("label", has_text="subject").locator("select").select_option("geometry")
     until(lambda: "geo-01" in box.locator(".left h4").first.inner_text())
     assert "1 of 11" in box.locator(".bar").inner_text()
+    theme(page, "Dark")
+    shot(page, "inspector_dark")
+    theme(page, "Light")
     box.locator("label", has_text="decision").locator("select").select_option("accepted")
     until(lambda: "– of 0" in box.locator(".bar").inner_text())
 

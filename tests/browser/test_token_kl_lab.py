@@ -9,7 +9,7 @@ from typing import Any
 
 import nbformat
 import pytest
-from lab import ask, open_notebook, run_all, shot, until, write_notebook
+from lab import ask, open_notebook, run_all, shot, theme, until, write_notebook
 
 from sgpo_lib.launch import run_notebook
 
@@ -108,10 +108,10 @@ def test_the_microscope_in_notebook_04(page, lab, small):
     before = drain.locator(".tags").first.inner_text()
     page.keyboard.press("End")
     until(lambda: drain.locator(".tags").first.inner_text() != before)
-    page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    theme(page, "Dark")
     until(lambda: box.get_attribute("data-theme") == "dark")
     shot(page, "04_dark")
-    page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
+    theme(page, "Light")
     until(lambda: box.get_attribute("data-theme") == "light")
 
 
