@@ -13,7 +13,7 @@ from fault_server import HTML, Answer
 
 from sgpo_lib.extraction.chat import Endpoint
 from sgpo_lib.extraction.pipeline import ExtractionConfig, read_extractions, rescore, summary
-from sgpo_lib.extraction.records import Extraction
+from sgpo_lib.extraction.records import Candidate, Extraction
 from sgpo_lib.prompts import strategy_text
 from sgpo_lib.records import Strategy
 
@@ -201,6 +201,8 @@ def test_failed_requests_cost_their_own_problem_alone_and_are_asked_again(bench)
     for e, (_, told) in zip(found[1:-1], FAULTS.values(), strict=True):
         assert e.candidates[0].reason.startswith(f"error: {told}"), e.candidates
     assert sum(n for told, n in summary(found)["candidates"].items() if told.startswith("unreadable: error")) == 6
+    told = [name.partition("unreadable: error: ")[2] for name in summary(found)["candidates"]]
+    assert {*told} <= {"", "HTTP 400", "not a completion", "no answer within 1.0 s", "connection", "unreadable answer"}
     before = len(bench.server.asked)
     bench.world.told.clear()
     found = bench.extract(problem("good"), *map(problem, FAULTS), problem("fine"), candidates=1)
@@ -212,6 +214,13 @@ def test_failed_requests_cost_their_own_problem_alone_and_are_asked_again(bench)
     assert len(bench.server.asked) == before
 
 
+def test_requests_too_long_for_the_context_are_one_line_of_the_summary():
+    found = [Extraction(problem(n), (Candidate("", reason=f"error: prompt of {700 + i} tokens and 9 for the reply, "
+                                               "context 512"),), None, "no strategy")
+             for i, n in enumerate(["alpha", "beta"])]  # fmt: skip
+    assert summary(found)["candidates"] == {"unreadable: error: prompt and reply longer than the context": 2}
+
+
 def test_one_problem_that_always_fails_does_not_end_the_run(bench):
     """Its request is refused each time (longer than the context, say), alone in its chunk; and so in the next run."""
     bench.world.told |= {("beta", s): [Answer(status=400, body={})] for s in ("first", "again")}
@@ -220,6 +229,22 @@ def test_one_problem_that_always_fails_does_not_end_the_run(bench):
         assert [e.status for e in bench.extract(*names, chunk=2)] == ["kept", "no strategy", "kept"]
     bench.out.unlink()
     assert [e.status for e in bench.extract(*names, chunk=1)] == ["kept", "no strategy", "kept"]
+
+
+def test_an_engine_that_refuses_every_setting_ends_the_run_at_once(bench):
+    """OpenAI's own reasoning models answer 400 to `max_tokens`: no problem's fault, and 85,000 requests for 8,500."""
+    refused = Answer(status=400, body={"error": {"message": "Unsupported parameter: 'max_tokens'"}})
+    bench.world.told |= {("any", s): [refused] for s in ("first", "again")}
+    with pytest.raises(RuntimeError, match=r"none of 10 requests was answered.+Unsupported parameter: 'max_tokens'"):
+        bench.extract(*map(problem, ["alpha", "beta", "gamma"]), chunk=2)
+    assert not bench.out.exists() and len(bench.server.asked) == 10
+
+
+def test_problems_that_are_refused_do_not_end_a_run_that_was_answered_before(bench):
+    bench.world.told |= {(n, s): [Answer(status=400, body={})] for n in ("beta", "gamma") for s in ("first", "again")}
+    names = [*map(problem, ["alpha", "beta", "gamma"])]
+    for _ in range(2):
+        assert [e.status for e in bench.extract(*names, chunk=3)] == ["kept", "no strategy", "no strategy"]
 
 
 def test_a_failed_request_is_repeated_as_it_was(bench):

@@ -20,9 +20,12 @@ from fault_server import Answer
 
 from sgpo_lib.cli import main
 from sgpo_lib.config import DataConfig
+from sgpo_lib.extraction.chat import Request
 from sgpo_lib.extraction.command import open_chat
-from sgpo_lib.extraction.pipeline import read_extractions
+from sgpo_lib.extraction.pipeline import ExtractionConfig, read_extractions
 from sgpo_lib.problems import load
+from sgpo_lib.prompts import EXTRACTION, filled
+from sgpo_lib.rollouts.interface import sample_seed
 
 # Continuing
 
@@ -94,6 +97,64 @@ def test_reading_a_file_that_is_being_written_leaves_it_alone(bench):
     assert read_extractions(bench.out) == [alpha] and bench.out.read_bytes() == half
 
 
+def test_a_line_whose_newline_an_editor_took_away_is_read(bench):
+    found = bench.extract(problem("alpha"), problem("beta"))
+    bench.out.write_bytes(bench.out.read_bytes().rstrip(b"\n"))
+    assert read_extractions(bench.out) == found
+
+
+@pytest.mark.parametrize("text", ["notes without a newline", '{"prompt": "1+1?", "answer": "2"}', "7", "[]", "\x00\x01",
+                                  '{"id": "a", "prompt": "1+1?", "answer": "2"}'])  # fmt: skip
+def test_a_file_of_one_line_that_is_not_ours_is_left_as_it_is(bench, text):
+    """It has no newline either, but it is no line of ours that was cut off."""
+    bench.out.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(f"{bench.out}:1: ") + r".*Expected a line of sgpo extract"):
+        bench.extract(problem("alpha"))
+    assert bench.out.read_text(encoding="utf-8") == text and bench.server.asked == []
+
+
+def test_the_problems_themselves_are_not_written_over(bench, capsys):
+    command = bench.command(problem("alpha"))
+    source = bench.out.with_name("problems.jsonl")
+    source.write_text(source.read_text(encoding="utf-8").rstrip(), encoding="utf-8")
+    before = source.read_bytes()
+    assert main([*command, "--out", str(source)]) == 2
+    assert f"{source}:1: status: missing" in capsys.readouterr().err and source.read_bytes() == before
+
+
+def test_a_line_with_a_failed_request_stays_until_another_takes_its_place(bench):
+    """Its chosen strategy is good; a run over other problems, or one that ends early, must not take it away."""
+    bench.world.told["alpha", "first"] = lambda a: (
+        Answer(status=400, body={}) if a.body["seed"] == seed else described("squares"))
+    seed = sample_seed("chat", filled(EXTRACTION, problem=problem("alpha").prompt, response=problem("alpha").solution),
+                       1) % (1 << 31)  # fmt: skip
+    (alpha, _) = bench.extract(problem("alpha"), problem("beta"))
+    assert alpha.status == "kept" and [c.reason[:15] for c in alpha.candidates].count("error: HTTP 400") == 1
+    bench.extract(problem("beta"), problem("gamma"))
+    assert [e.problem.id for e in read_extractions(bench.out)] == ["alpha", "beta", "gamma"]
+    before = bench.out.read_bytes()
+    bench.world.told |= {(n, s): [Answer(status=402, body={})] for n in ("alpha", "delta") for s in ("first", "again")}
+    with pytest.raises(RuntimeError, match="none of 5 requests was answered"):
+        bench.extract(problem("delta"), problem("alpha"), chunk=1)
+    assert bench.out.read_bytes() == before
+    bench.world.told.clear()
+    (alpha,) = bench.extract(problem("alpha"))
+    assert [c.reason for c in alpha.candidates] == [""] * 5
+    assert [e.problem.id for e in read_extractions(bench.out)] == ["alpha", "beta", "gamma"]
+    assert len(list(bench.out.parent.glob("*.part"))) == 0
+
+
+def test_what_was_left_out_is_asked_about_once_the_setting_takes_it(bench):
+    wrong = problem("alpha", r"It is \boxed{7}.")
+    assert [e.status for e in bench.extract(wrong, problem("beta", " "), problem("gamma"))] == [
+        "left out", "left out", "kept"]  # fmt: skip
+    asked = len(bench.server.asked)
+    assert next(e.status for e in bench.extract(wrong, problem("beta", " "), problem("gamma"))) == "left out"
+    assert len(bench.server.asked) == asked
+    again = bench.extract(wrong, problem("beta", " "), problem("gamma"), responses="all")
+    assert [e.status for e in again] == ["kept", "left out", "kept"] and len(bench.server.asked) == asked + 6
+
+
 @pytest.mark.parametrize(("fault", "told"), [
     (lambda row: '{"id": "alpha", ', "Expecting property name"),
     (lambda row: json.dumps({k: v for k, v in row.items() if k != "status"}), "status: missing"),
@@ -104,6 +165,7 @@ def test_reading_a_file_that_is_being_written_leaves_it_alone(bench):
     (lambda row: json.dumps({**row, "notes": 7}), ""),
     (lambda row: json.dumps({**row, "candidates": [{"text": "a", "leaks": [{"start": 1}]}]}), ""),
     (lambda row: "[]", ""),
+    (lambda row: "[" * 100_000, "recursion"),
     (lambda row: "", ""),
 ])  # fmt: skip
 def test_a_faulty_line_is_named_and_the_file_left_as_it_is(bench, fault, told):
@@ -139,6 +201,29 @@ def test_fewer_or_other_problems_may_be_asked_for_and_no_line_is_lost(bench):
     bench.extract(problem("gamma"), problem("beta"))
     assert [e.problem.id for e in read_extractions(bench.out)] == ["alpha", "beta", "gamma"]
     assert len(bench.asked("beta")) == 6
+
+
+def test_another_number_of_candidates_needs_another_file(bench):
+    bench.extract(problem("alpha"))
+    before, asked = bench.out.read_bytes(), len(bench.server.asked)
+    with pytest.raises(ValueError, match=r"problem alpha has 5 candidates there, this run asks for 3\. Name another"):
+        bench.extract(problem("alpha"), problem("beta"), candidates=3)
+    assert bench.out.read_bytes() == before and len(bench.server.asked) == asked
+
+
+@pytest.mark.parametrize(("settings", "told"), [
+    ({"candidates": "5"}, "candidates: got '5', expected 1 or more"), ({"candidates": 2.5}, "candidates: got 2.5"),
+    ({"chunk": None}, "chunk: got None"), ({"temperature": "hot"}, "temperature: got 'hot', expected a number"),
+])  # fmt: skip
+def test_settings_of_another_kind_are_refused(settings, told):
+    """They come from a notebook's parameters cell."""
+    with pytest.raises(ValueError, match=re.escape(told)):
+        ExtractionConfig(**settings)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.jsonl: got no file, expected the output of sgpo extract"):
+        read_extractions(tmp_path / "none.jsonl")
 
 
 # Output and command
@@ -203,6 +288,8 @@ ERRORS = [  # arguments, environment, words of the error
     (["--count", "-1"], {}, "count: got -1, expected"),
     (["--candidates", "0"], {}, "candidates: got 0, expected 1 or more"),
     (["--top-p", "2"], {}, "top_p 2.0, expected"),
+    (["--temperature", "nan"], {}, "got temperature nan"), (["--temperature", "inf"], {}, "got temperature inf"),
+    (["--timeout", "nan"], {}, "a time limit of nan s"), (["--timeout", "inf"], {}, "a time limit of inf s"),
     (["--responses", "good"], {}, "responses: got 'good', expected 'correct', 'not wrong' or 'all'"),
     (["--out", "FOLDER"], {}, "FOLDER"),
     (["--out", "FILE/out.jsonl"], {}, "FILE"),
@@ -210,6 +297,8 @@ ERRORS = [  # arguments, environment, words of the error
     (["--cache", "FILE/c.sqlite"], {}, "FILE"),
     ([], {"OPENAI_API_KEY": ""}, "OPENAI_API_KEY is not set"),
     ([], {"OPENAI_BASE_URL": "http://127.0.0.1:port/v1"}, "OPENAI_BASE_URL"),
+    ([], {"OPENAI_BASE_URL": "127.0.0.1:8000/v1"}, "OPENAI_BASE_URL: got '127.0.0.1:8000/v1' (no http:// or https://"),
+    ([], {"OPENAI_BASE_URL": "not an address"}, "expected an address such as http://127.0.0.1:8000/v1"),
     ([], {"OPENAI_API_KEY": "refused"}, "m: none of 10 requests was answered. The first: HTTP 401"),
 ]
 
@@ -262,3 +351,21 @@ def test_problems_without_a_response_or_with_an_unreadable_answer_are_named(benc
     assert [e.problem.id for e in read_extractions(bench.out)] == ["alpha"]
     source.write_text("", encoding="utf-8")
     assert main(command) == 2 and "no problem" in capsys.readouterr().err
+
+
+def test_elsewhere_than_on_a_terminal_a_line_tells_how_far_it_is(bench, capsys, monkeypatch):
+    monkeypatch.setattr("sgpo_lib.extraction.command._Progress.EVERY_S", 0.0)
+    assert main(bench.command(*map(problem, NAMES))) == 0
+    told = capsys.readouterr()
+    lines = re.findall(r"^(candidates|scores): (\d+) of 36 requests, [\d.]+ requests/s, [\d,]+ tokens", told.out, re.M)
+    assert [int(n) for _, n in lines] == [*range(1, 37)] and told.err == ""
+    assert re.search(r"about \d+ min left\n", told.out)
+
+
+def test_an_engine_by_name_pays_for_no_reply_twice(bench):
+    """The judge and the second scorer of notebook 01 too."""
+    first, again = ([], [])
+    for found in (first, again):
+        chat = open_chat("openai:m")
+        found += chat.ask([Request("Named alpha: what?", 0, 0.0, 1.0, 9)], lambda *_: None)
+    assert again == [replace(first[0], cached=True)] and len(bench.server.asked) == 1

@@ -39,6 +39,7 @@ PRIMES = Problem("primes", "How many primes lie between 20 and 30?", "2", soluti
 TAPS = Problem("taps", "A tank with 5 taps holds 40 litres. How many taps must be open?", "5", solution="\\boxed{5}")
 DEBT = Problem("debt", "A sum of whole numbers is asked for.", "-17", solution="It is $-17$.")
 CURVE = Problem("curve", "Find the monic quadratic with the given roots.", "x^2-5x+6")
+DAY = Problem("day", "On which day does it fall?", r"\text{ Tuesday}", solution=r"It is a \boxed{\text{Tuesday}}.")
 PAIR = Problem("pair", "Solve the system for the ordered pair.", "(3, 17)", solution="So $(x,y)=(3,17)$.")
 ROOTS = Problem("roots", "Find all solutions.", r"\{-4, 15\}")
 
@@ -93,6 +94,7 @@ def assert_places(strategy: Strategy, found: tuple[Leak, ...]) -> None:
     (TAPS, "The answer is [5]", "number"), (TAPS, r"Write \boxed{5}", ""),
     (DEBT, "Reach [-17] there", "number"), (DEBT, "Reach [−17] there", "number"),
     (DEBT, "Reach [minus seventeen] there", ""), (DEBT, "Reach [negative seventeen] there", ""),
+    (DAY, "It falls on a [Tuesday]", "phrase"), (TILES, "Come to [twenty\u2011one] kilograms", "words"),
     (CURVE, r"Write [$(x-2)(x-3)$] out", "expression"), (CURVE, r"Write [$x^2 - 5x + 6$] down", "expression"),
     (CURVE, "Write [x² - 5x + 6] down", "expression"), (CURVE, r"Write [$6-5x+x^2$] down", "expression"),
     (PAIR, "The point [$(3, 17)$] solves it", ""), (PAIR, "The point [(3, 17)] solves it", ""),
@@ -167,6 +169,17 @@ def test_many_at_once_give_what_each_gives_alone(verifier: Verifier):
     items = [(p, told(s)) for p in (SHOP, COINS, ROOT, TILES) for s in sentences]
     assert find_leaks(items, verifier) == [find_leaks([item], verifier)[0] for item in items]
     assert find_leaks([], verifier) == []
+
+
+def test_what_stands_in_the_thinking_alone_is_no_result(verifier: Verifier):
+    """The responses of LUFFY's training set begin with thousands of tokens of thinking, with nearly every number."""
+    thought = " ".join(f"Try ${n}x = {n * n}$, so {n}." for n in range(13, 99))
+    plain = "Use the discriminant 25, work modulo 16, split into 15 cases and use $14x = 196$"
+    assert len(leaks_of(replace(SHOP, solution=f"{thought} So \\boxed{{198}}."), plain, verifier)) >= 4
+    assert leaks_of(replace(SHOP, solution=f"<think>{thought}</think>So \\boxed{{198}}."), plain, verifier) == ()
+    shown = replace(SHOP, solution=f"<think>{thought}</think>It is 126 + 72.")
+    (found,) = leaks_of(shown, "The pads come to 126", verifier)
+    assert (found.kind, found.text) == ("intermediate", "126")
 
 
 # Odd golds and hostile texts

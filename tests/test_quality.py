@@ -124,6 +124,14 @@ def test_agreement_by_hand():
     assert mixed["value"].tolist() == pytest.approx([0.6, 0.0, 4 / 6])
 
 
+@pytest.mark.filterwarnings("error")
+def test_agreement_where_no_problem_has_two_scores():
+    table = quality.agreement(columns([[1, 2], [3, 1]], [[1, math.nan], [math.nan, math.nan]]), "a", "b")
+    assert table["problems"].tolist() == [0, 0, 0] and table["value"].isna().all()
+    one = quality.agreement(columns([[1], [3]], [[1], [2]]), "a", "b")  # candidates: 1
+    assert one["problems"].tolist() == [0, 0, 0]
+
+
 def test_agreement_beside_a_slow_computation():
     """Five candidates per problem, ties on both sides, gaps: plain loops over pairs and ranks."""
     draw = np.random.default_rng(3)

@@ -21,7 +21,7 @@ from sgpo_lib.problems import normalised
 from sgpo_lib.records import Problem, Strategy
 from sgpo_lib.rewards import Verifier
 from sgpo_lib.sources.catalogue import Source, open_source, readable, sample
-from sgpo_lib.sources.packaged import COLLECTION
+from sgpo_lib.sources.packaged import COLLECTION, champ_problems
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 READABLE_OF_CHAMP = 220
@@ -88,6 +88,17 @@ def test_a_broken_parquet_file_is_named(tmp_path, damage):
     assert str(path) in message and "Parquet" in message
 
 
+def test_a_line_nested_too_deeply_is_named(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "1?", "answer": "1"}\n{"prompt": ' + "[" * 100_000 + "\n", encoding="utf-8")
+    assert f"{path}:2: nested too deeply to be read" in error(path)
+
+
+def test_the_ending_of_a_parquet_file_may_be_in_capitals(tmp_path):
+    path = parquet(tmp_path / "p.parquet", rows(2)).rename(tmp_path / "P.PARQUET")
+    assert len(problems(str(path))) == 2
+
+
 def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch):
     path = parquet(tmp_path / "p.parquet", rows(2))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -98,6 +109,7 @@ def test_parquet_without_its_package_says_what_to_install(tmp_path, monkeypatch)
 
 
 def test_missing_packages_of_sources_are_named(monkeypatch):
+    champ_problems.cache_clear()  # another test may have read it
     for module, name in (("datasets", "hub:me/set"), ("champ_dataset", "champ")):
         monkeypatch.setitem(sys.modules, module, None)
         message = error(name)

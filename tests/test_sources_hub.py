@@ -53,7 +53,8 @@ def test_math500_is_read_by_its_own_field_map(hub):
     assert (found.id, found.prompt, found.answer) == ("test/algebra/1.json", "What is $1+1$?", "2")
     assert (found.solution, found.family) == ("It is $\\boxed{2}$.", "Algebra")
     assert found.meta == {"level": 2, "at": "row 0"}
-    assert f"{name}, split 'train': cannot be loaded" in error(name)  # it has no other split
+    assert problems(name) == [found]  # its only split
+    assert f"{name}, split 'train': cannot be loaded" in error(name, split="train")
 
 
 def test_the_last_message_of_the_role_counts(hub):
@@ -106,6 +107,11 @@ def test_faulty_arguments_of_a_hub_data_set_are_named(hub, args, expected):
     defaults = {"prompt": "prompt", "answer": "reward_model.ground_truth", "solution": "target"}
     fields = args.get("fields", {})
     assert expected in error(name, **{**args, "fields": {**defaults, **fields} if type(fields) is dict else fields})
+
+
+@pytest.mark.parametrize("name", ["hub:", "hub:/", "hub: "])
+def test_a_hub_data_set_without_a_name_is_refused(name):
+    assert "no data set is named, expected hub:OWNER/NAME" in error(name)
 
 
 def test_faulty_rows_of_a_hub_data_set_are_named(hub):

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import queue
+import re
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
@@ -85,9 +86,12 @@ class Endpoint:
             raise ValueError("OPENAI_API_KEY is not set. Put the endpoint's key into the environment (any word for a "
                              "local server), and its address into OPENAI_BASE_URL")
         self.model, self.concurrency, self.retries, self.timeout_s = model, concurrency, retries, timeout_s
-        self.deadline_s = (retries + 1) * timeout_s + retries * 60
-        """Longest that one request may take, all attempts and pauses (at most 60 s each) counted."""
+        self.deadline_s = (retries + 1) * timeout_s + retries * 60 + 1
+        """Longest that one request may take, all attempts and pauses (at most 60 s each) counted, and a second more, so
+        that an answer without a byte is told as such."""
         try:
+            if (address := os.environ.get("OPENAI_BASE_URL")) and not re.match(r"https?://[^/]", address.strip()):
+                raise ValueError("no http:// or https:// and host")
             self._client()
         except Exception as error:  # the address: httpx2.InvalidURL is no ValueError
             raise ValueError(f"OPENAI_BASE_URL: got {os.environ.get('OPENAI_BASE_URL')!r} ({error}), expected an "

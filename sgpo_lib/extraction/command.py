@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,12 +65,21 @@ def command(arguments: argparse.Namespace, say: Callable[[str], None]) -> int:
     return 0 if any(e.status in ("kept", "leaking") for e in found) else 1
 
 
-def open_chat(name: str, *, concurrency: int = 16, timeout_s: float = 600.0, batch: int = 64) -> Chat:
-    """The engine of a name. Raises ValueError, with the cure, for an unknown kind or what the kind lacks."""
+def open_chat(name: str, *, concurrency: int = 16, timeout_s: float = 600.0, batch: int = 64,
+              cache: Path | None = None) -> Cached:
+    """The engine of a name, with its replies kept in `cache` (by default `replies.sqlite` in the folder of runs).
+
+    Raises ValueError, with the cure, for an unknown kind or what the kind lacks.
+    """
+    chat = _opened(name, concurrency=concurrency, timeout_s=timeout_s, batch=batch)
+    return Cached(chat, cache or runs_root() / "replies.sqlite")
+
+
+def _opened(name: str, *, concurrency: int, timeout_s: float, batch: int) -> Chat:
     kind, _, model = name.partition(":")
     if kind not in ENGINES or not model:
         raise ValueError(f"engine: got {name!r}, expected {', '.join(k + ':MODEL' for k in ENGINES)}")
-    if concurrency < 1 or timeout_s <= 0:
+    if concurrency < 1 or not 0 < timeout_s < math.inf:
         raise ValueError(f"engine: got concurrency {concurrency} and a time limit of {timeout_s} s, expected 1 or more "
                          "and above 0")
     if kind == "openai":
@@ -109,10 +120,10 @@ def extract_source(source: str, engine: str | Chat, out: Path | str, *, config: 
         say(f"{opened.told}; {len(problems)} drawn"
             + (f", {len(problems) - len(kept)} with an unreadable gold answer left out" if len(kept) < len(problems)
                else ""))  # fmt: skip
-        chat = open_chat(engine, concurrency=concurrency, timeout_s=timeout_s) if isinstance(engine, str) else engine
-        with _Progress(len(kept) * (config.candidates + 1)) as progress:
-            cached = Cached(chat, cache or runs_root() / "replies.sqlite")
-            found = extract(kept, cached, verifier, config, Path(out), on_ask=progress.on_ask,
+        chat = (open_chat(engine, concurrency=concurrency, timeout_s=timeout_s, cache=cache) if isinstance(engine, str)
+                else Cached(engine, cache or runs_root() / "replies.sqlite"))  # fmt: skip
+        with _Progress(len(kept) * (config.candidates + 1), say) as progress:
+            found = extract(kept, chat, verifier, config, Path(out), on_ask=progress.on_ask,
                             on_reply=progress.on_reply)
     for name, counts in summary(found).items():
         if counts:
@@ -122,9 +133,12 @@ def extract_source(source: str, engine: str | Chat, out: Path | str, *, config: 
 
 
 class _Progress:
-    """A bar with requests, rate, tokens and an estimate of the time left; quiet where nobody watches a terminal."""
+    """Requests, rate, tokens and an estimate of the time left: a bar on a terminal, elsewhere (in a notebook or a log)
+    a line every `EVERY_S` seconds."""
 
-    def __init__(self, requests: int):
+    EVERY_S = 30.0
+
+    def __init__(self, requests: int, say: Callable[[str], None]):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -134,6 +148,7 @@ class _Progress:
                             console=Console(file=sys.stderr), transient=True,
                             disable=not sys.stderr.isatty())  # fmt: skip
         self.task = self.bar.add_task("extract", total=requests, told="")
+        self.say, self.said = say, time.monotonic()
 
     def __enter__(self) -> _Progress:
         self.bar.start()
@@ -152,9 +167,14 @@ class _Progress:
         self.asked += 1
         self.cached += reply.cached
         self.failed += bool(reply.error)
-        self.tokens += 0 if reply.cached else reply.prompt_tokens + reply.tokens
+        self.tokens += 0 if reply.cached or reply.error else reply.prompt_tokens + reply.tokens
         speed = self.bar.tasks[0].speed or 0.0
-        self.bar.update(self.task, advance=1, told=f"{speed:.1f} requests/s, {self.tokens:,} tokens")
+        told = f"{speed:.1f} requests/s, {self.tokens:,} tokens"
+        self.bar.update(self.task, advance=1, told=told)
+        if self.bar.disable and time.monotonic() - self.said >= self.EVERY_S:
+            task, self.said = self.bar.tasks[0], time.monotonic()
+            left = "" if task.time_remaining is None else f", about {task.time_remaining / 60:.0f} min left"
+            self.say(f"{task.description}: {self.asked} of {task.total:.0f} requests, {told}{left}")
 
     def told(self) -> str:
         """One line at the end."""

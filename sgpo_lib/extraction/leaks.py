@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 
-from sgpo_lib.answers import clean, exact, normalise
+from sgpo_lib.answers import after_thinking, clean, exact, normalise
 from sgpo_lib.extraction.mentions import Mention, arithmetic, mentions
 from sgpo_lib.extraction.records import Leak
 from sgpo_lib.prompts import strategy_text
@@ -95,7 +95,7 @@ def find_leaks(items: Sequence[tuple[Problem, Strategy]], verifier: Verifier) ->
 
 def _phrases(text: str, problem: Problem) -> Iterator[Leak]:
     """Places of an answer in words (Tuesday) that the problem does not offer, or that are stated as the answer."""
-    answer = problem.answer.strip()
+    answer = re.sub(r"^\\(?:text|textbf|mathrm|mbox)\{\s*([^{}]*?)\s*\}$", r"\1", problem.answer.strip())
     if not re.fullmatch(r"[A-Za-z][A-Za-z' -]{2,}", answer):
         return
     phrase = re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)
@@ -111,11 +111,12 @@ def _plain(problem: Problem) -> Problem:
 
 
 def _known(problem: Problem) -> _Known:
-    known = _Known(problem, said_tex=_squeezed(problem.prompt), solved_tex=_squeezed(problem.solution))
+    solution = after_thinking(problem.solution)  # as the prompts show it: a long thinking holds nearly every number
+    known = _Known(problem, said_tex=_squeezed(problem.prompt), solved_tex=_squeezed(solution))
     known.gold = exact(normalise(problem.answer))
-    for values, text in ((known.said, problem.prompt), (known.solved, problem.solution)):
+    for values, text in ((known.said, problem.prompt), (known.solved, solution)):
         for m in mentions(text):
-            if m.form == "relation" and text is problem.solution:
+            if m.form == "relation" and values is known.solved:
                 sides = [s for s in m.tex.split("=") if s.strip()]
                 known.equations += [f"{a}={b}" for a, b in itertools.pairwise(sides)]
             if m.value is not None and (values is known.solved or exact(m.tex) is not None):
@@ -123,7 +124,7 @@ def _known(problem: Problem) -> _Known:
                 if "%" in m.tex:
                     values.add(m.value * 100)
     known.said |= {Fraction(n) for n in _NUMBER.findall(problem.prompt)}
-    written = re.sub(r"(?<=\d)(?:\{,\}|\\,|,|\s)(?=\d{3}(?!\d))", "", problem.solution)
+    written = re.sub(r"(?<=\d)(?:\{,\}|\\,|,|\s)(?=\d{3}(?!\d))", "", solution)
     known.solved |= {Fraction(n) for n in _NUMBER.findall(written)}
     known.solved |= {Fraction(int(a), int(b)) for a, b in _FRACTION.findall(written) if int(b)}
     return known

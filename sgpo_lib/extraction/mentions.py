@@ -85,7 +85,7 @@ def mentions(text: str) -> list[Mention]:
     for m in _FORMULA.finditer(text):
         found += _formula(text, m.start(), m.end())
         take(m.start(), m.end())
-    for start, end, tex, kind in spoken(text):
+    for start, end, tex, kind in spoken(re.sub("[\u2010\u2011]", "-", text)):  # typographic hyphens
         if not free(start, end):
             continue
         said = _mention(start, end, text[start:end], tex, side=False)

@@ -16,11 +16,10 @@ Departures from the paper:
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +28,15 @@ from filelock import FileLock, Timeout
 from sgpo_lib.answers import after_thinking
 from sgpo_lib.extraction.chat import Chat, Reply, Request
 from sgpo_lib.extraction.leaks import find_leaks
+from sgpo_lib.extraction.output import lines_of, read_extractions, store
 from sgpo_lib.extraction.reading import read_scores, read_strategy_reply
-from sgpo_lib.extraction.records import Candidate, Extraction, from_row, to_row
+from sgpo_lib.extraction.records import Candidate, Extraction
 from sgpo_lib.prompts import AGAIN, EXTRACTION, SCORING, candidates_text, filled, strategy_text
 from sgpo_lib.records import Problem, Verdict
 from sgpo_lib.rewards import Verifier, extract_answer
 
+__all__ = ["ExtractionConfig", "check_leaks", "extract", "inside", "read_extractions", "rescore", "shown_response",
+           "summary"]  # fmt: skip
 OnAsk = Callable[[str, int], None]
 """(stage, how many requests are about to go out)."""
 
@@ -63,9 +65,12 @@ class ExtractionConfig:
         if self.responses not in ("correct", "not wrong", "all"):
             raise ValueError(f"responses: got {self.responses!r}, expected 'correct', 'not wrong' or 'all'")
         for name in ("candidates", "max_tokens", "max_response_chars", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected 1 or more")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected 1 or more, a whole number")
+        for name in ("temperature", "top_p"):
+            if type(getattr(self, name)) not in (int, float):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number")
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ValueError(f"got temperature {self.temperature} and top_p {self.top_p}, expected 0 or more, and "
                              "above 0 up to 1")
 
@@ -80,7 +85,9 @@ class _Draft:
     candidates: tuple[Candidate, ...] = ()
 
 
-_REFUSED = ("HTTP 400", "HTTP 413", "HTTP 422", "prompt of")
+_TOO_LONG = "prompt of"
+"""Begins the error of an engine in this process for a request that its context has no room for."""
+_REFUSED = ("HTTP 400", "HTTP 413", "HTTP 422", _TOO_LONG)
 """Begin errors that a request's own length or content may have caused: no sign that nobody is there."""
 _ERROR = "error: "
 """Begins the reason of a request that failed."""
@@ -94,83 +101,64 @@ def extract(problems: Sequence[Problem], chat: Chat, verifier: Verifier, config:
             on_reply: Callable[[Reply], None] = lambda reply: None) -> list[Extraction]:
     """Extractions of all problems, in order; those that `out` has already are read from it.
 
-    Raises ValueError where `out` holds lines that are none, of another model, or of a problem with another text, or
-    is being written by another process; RuntimeError where every request of a chunk failed.
+    Raises ValueError where `out` holds lines that are none, of another model or number of candidates, or of a problem
+    with another text, or is being written by another process; RuntimeError where every request of a chunk failed.
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{out}.lock", timeout=0):
-            done = _continued(problems, chat.model, out)
-            waiting = [p for p in problems if p.id not in done]
+            stored = lines_of(problems, chat.model, config.candidates, out)
+            waiting = _unsettled(problems, stored, verifier, config)
             for start in range(0, len(waiting), config.chunk):
-                found = _chunk(waiting[start : start + config.chunk], chat, verifier, config, on_ask, on_reply)
-                _write(out, found, "a")
-                done |= {e.problem.id: e for e in found}
-            return [done[p.id] for p in problems]
+                answered = any(c.text for e in stored.values() for c in e.candidates)
+                found = _chunk(waiting[start : start + config.chunk], chat, verifier, config, on_ask, on_reply,
+                               answered=answered)  # fmt: skip
+                store(out, stored, found)
+            return [stored[p.id] for p in problems]
     except Timeout:
         raise ValueError(f"{out}: another process is writing it. Wait for it, or name another file") from None
     except (IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError) as error:
         raise ValueError(f"{out}: no file that can be written ({error.strerror}). Name another") from error
 
 
-def _continued(problems: Sequence[Problem], model: str, out: Path) -> dict[str, Extraction]:
-    """What `out` holds already. Lines with a request that failed are dropped from the file, to be asked again."""
-    before = read_extractions(out) if out.exists() else []
-    known = {p.id: p for p in problems}
-    for e in before:
-        now = known.get(e.problem.id, e.problem)
-        if now.solution != e.problem.solution:
-            raise ValueError(f"{out}: problem {e.problem.id} has another response there. Name another file")
-        if now.prompt != e.problem.prompt:
-            raise ValueError(f"{out}: problem {e.problem.id} has another text there. Name another file")
-        if e.engine != model:
-            raise ValueError(f"{out}: its lines are of {e.engine!r}, this run asks {model!r}. Name another file")
-    whole = [e for e in before if not _failed(e)]
-    if len(whole) < len(before) or (out.exists() and out.read_bytes()[-1:] not in (b"", b"\n")):
-        _write(out.with_suffix(".part"), whole, "w")
-        out.with_suffix(".part").replace(out)
-    return {e.problem.id: e for e in whole}
+def _unsettled(problems: Sequence[Problem], stored: Mapping[str, Extraction], verifier: Verifier,
+               config: ExtractionConfig) -> list[Problem]:
+    """Problems to ask about: new ones, those with a request that failed, those left out that `responses` now takes."""
+    left = [p for p in problems if p.id in stored and stored[p.id].status == "left out"]
+    verdicts = verifier.judge([(p, p.solution) for p in left])
+    taken = {p.id for p, verdict in zip(left, verdicts, strict=True)
+             if not _fault(shown_response(p, config)[0], verdict, config.responses)}
+    return [p for p in problems if p.id not in stored or p.id in taken or _failed(stored[p.id])]
 
 
 def _failed(found: Extraction) -> bool:
     return any(note.startswith(_ERROR) for note in (*found.notes, *(c.reason for c in found.candidates)))
 
 
-def _write(path: Path, found: Sequence[Extraction], mode: str) -> None:
-    with path.open(mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(to_row(e), ensure_ascii=False) + "\n" for e in found)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_extractions(path: Path) -> list[Extraction]:
-    """The lines of an output file. A last line that was cut off is passed over.
-
-    Raises ValueError with file, line and field for any other faulty line.
-    """
-    whole = path.read_bytes().rpartition(b"\n")[0]  # what follows is being written, or the process ended
-    found = []
-    for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
-        try:
-            found.append(from_row(json.loads(line)))
-        except (ValueError, TypeError, AttributeError) as error:  # a person's file
-            raise ValueError(f"{path}:{number}: {error}. Expected a line of sgpo extract") from error
-    return found
-
-
 def summary(found: Sequence[Extraction]) -> dict[str, Counter[str]]:
-    """Counts for a person: `status` of problems, `notes` by their first words, `candidates` by reason, `leaks` by
-    kind and form."""
+    """Counts for a person: `status` of problems, `notes` by their first words, `candidates` by reason (a failed request
+    by its kind), `leaks` by kind and form."""
     candidates = [c for e in found for c in e.candidates]
-    reasons = Counter(c.reason or "good" if c.strategy else f"unreadable: {c.reason}" for c in candidates)
-    again = Counter(f"asked again: {c.first_reason}" for c in candidates if c.first_reason)
+    reasons = Counter(c.reason or "good" if c.strategy else f"unreadable: {_kind(c.reason)}" for c in candidates)
+    again = Counter(f"asked again: {_kind(c.first_reason)}" for c in candidates if c.first_reason)
     return {"status": Counter(e.status for e in found), "candidates": reasons + again,
             "notes": Counter(note.partition(":")[0] for e in found for note in e.notes),
             "leaks": Counter(f"{leak.kind}, {leak.form}" for c in candidates for leak in c.leaks)}
 
 
+def _kind(reason: str) -> str:
+    """A reason without what differs from request to request: lengths, numbers of requests, what a server wrote."""
+    error = reason.removeprefix(_ERROR)
+    if error == reason:
+        return reason
+    return _ERROR + ("prompt and reply longer than the context" if error.startswith(_TOO_LONG) else
+                     error.partition(":")[0])  # fmt: skip
+
+
 def _chunk(problems: Sequence[Problem], chat: Chat, verifier: Verifier, config: ExtractionConfig, on_ask: OnAsk,
-           on_reply: Callable[[Reply], None]) -> list[Extraction]:
+           on_reply: Callable[[Reply], None], *, answered: bool) -> list[Extraction]:
+    """The problems' extractions. `answered`: whether the engine has answered anything yet; before it has, a refusal of
+    every request of several problems is about the engine (a setting that it does not take), not about the problems."""
     drafts = [_Draft(p, *shown_response(p, config)) for p in problems]
     verdicts = verifier.judge([(d.problem, d.problem.solution) for d in drafts])
     left_out: dict[str, Extraction] = {}
@@ -183,8 +171,9 @@ def _chunk(problems: Sequence[Problem], chat: Chat, verifier: Verifier, config: 
     def asked(stage: str, requests: Sequence[Request]) -> list[Reply]:
         on_ask(stage, len(requests))
         replies = chat.ask(requests, lambda _, reply: on_reply(reply)) if requests else []
+        excused = _REFUSED if answered or len(drafts) == 1 else _TOO_LONG
         if replies and stage == "candidates" and all(r.error for r in replies) and not all(
-                r.error.startswith(_REFUSED) for r in replies):  # fmt: skip
+                r.error.startswith(excused) for r in replies):  # fmt: skip
             raise RuntimeError(f"{chat.model}: none of {len(replies)} requests was answered. The first: "
                                f"{replies[0].error}. Nothing is lost: the same command continues")
         return replies

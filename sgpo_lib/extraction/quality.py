@@ -6,6 +6,7 @@ and Low bands. Its band limits are not published, so they are a field.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -192,7 +193,8 @@ def agreement(frame: pd.DataFrame, reference: str, scorer: str) -> pd.DataFrame:
     problems: Spearman's rank correlation (mean over problems), top-1 hit rate, share of pairs in the right order.
 
     A scorer's ties at the top count as a hit in proportion; a tied pair counts as half. Chance: 0, one over the
-    number of candidates, and one half. Problems without two scored candidates are left out and counted (`problems`).
+    number of candidates, and one half. Problems without two scored candidates are left out; `problems` counts the
+    others, and where there is none, the values are NaN.
     """
     rank, hit, order, chance = [], [], [], []
     for _, rows in frame.dropna(subset=[reference, scorer]).groupby("problem"):
@@ -212,9 +214,9 @@ def agreement(frame: pd.DataFrame, reference: str, scorer: str) -> pd.DataFrame:
             rank.append(float(np.corrcoef(ra, rb)[0, 1]) if rb.std() > 0 else 0.0)
     table = []
     for name, values, by_chance in (("rank correlation", [(v + 1) / 2 for v in rank], 0.5),
-                                    ("top-1 hit rate", hit, float(np.mean(chance))),
+                                    ("top-1 hit rate", hit, float(np.mean(chance)) if chance else math.nan),
                                     ("pairs in order", order, 0.5)):  # fmt: skip
-        told = np.array([*mean_interval(values), by_chance])
+        told = np.array([*(mean_interval(values) if values else [math.nan] * 3), by_chance])
         told = 2 * told - 1 if name == "rank correlation" else told
         table.append({"measure": name, **dict(zip(("value", "low", "high", "chance"), told, strict=True)),
                       "problems": len(values)})  # fmt: skip

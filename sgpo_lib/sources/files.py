@@ -32,7 +32,7 @@ def read(path: Path, parse: Parse, field: str, expected: str) -> None:
     if not path.is_file():
         raise ValueError(f"{field}: got {str(path)!r}, expected {expected}, and there is no file {path.absolute()}")
     faults = []
-    for line, row in enumerate(_parquet(path) if path.suffix == ".parquet" else _lines(path), start=1):
+    for line, row in enumerate(_parquet(path) if path.suffix.lower() == ".parquet" else _lines(path), start=1):
         try:  # the user's text; all lines are read before any fault is reported
             if (raw := row()) is not None:
                 parse(raw, f"line {line}")
@@ -41,6 +41,8 @@ def read(path: Path, parse: Parse, field: str, expected: str) -> None:
             faults.append(f"{path}:{line}: got byte 0x{byte:02x}, expected UTF-8: save the file as UTF-8")
         except json.JSONDecodeError as error:
             faults.append(f"{path}:{line}: not JSON at column {error.colno} ({error.msg}), expected one object a line")
+        except RecursionError:
+            faults.append(f"{path}:{line}: nested too deeply to be read, expected one object a line")
         except ValueError as error:
             faults.append(f"{path}:{line}: {error}")
     if faults:

@@ -22,19 +22,24 @@ FIELDS: dict[str, dict[str, str]] = {
                                "family": "subject"},
 }
 """Field maps of the paper's training set (LUFFY's) and of MATH500. Others: `problem_args: {fields: {...}}`."""
+_SPLITS = {"HuggingFaceH4/MATH-500": "test"}
+"""The one split of a data set that has no `train`."""
 _ROLES = {"prompt": "user", "solution": "assistant", "answer": "assistant"}
 _NAMES = ("id", "prompt", "answer", "solution", "family", "strategy", "split")
 
 
-def hub_problems(name: str, *, split: str = "train", fields: Mapping[str, str] | None = None, subset: str = "",
+def hub_problems(name: str, *, split: str = "", fields: Mapping[str, str] | None = None, subset: str = "",
                  revision: str = "") -> Distinct:
-    """The distinct problems of one split. `fields` extends or replaces the known map; columns with the names that a
-    file's fields have need none.
+    """The distinct problems of one split (`train`, or the only one of a known data set). `fields` extends or replaces
+    the known map; columns with the names that a file's fields have need none.
 
     Raises ValueError, with the cure, where `datasets` is missing or cannot load it, or for a faulty row.
     """
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(f"hub:{name}: the package `datasets` is not installed: pip install sgpo-workbench[extract]")
+    if not name.strip("/ "):
+        raise ValueError(f"hub:{name}: no data set is named, expected hub:OWNER/NAME, or hub: and a folder")
+    split = _SPLITS.get(name, "train") if split == "" else split
     if not isinstance(fields or {}, Mapping) or not all(isinstance(path, str) for path in (fields or {}).values()):
         raise ValueError(f"problem_args.fields of hub:{name}: got {fields!r}, expected a mapping of field to column, "
                          "for example {answer: gold}")
