@@ -105,4 +105,4 @@ lock: venv-test  ## Rewrite the lock files from pyproject.toml
 clean:  ## Remove caches and written reports; .venv and runs/ stay
 	@rm -rf .ruff_cache .mypy_cache .pytest_cache .hypothesis build
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
-	@find reports -mindepth 1 -maxdepth 1 -not -name README.md -not -name paper_on_a_laptop -not -name '.git*' -exec rm -rf {} + 2>/dev/null || true
+	@find reports -mindepth 1 -maxdepth 1 -not -name README.md -not -name paper_on_a_laptop -not -name strategy_extraction -not -name '.git*' -exec rm -rf {} + 2>/dev/null || true

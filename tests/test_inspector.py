@@ -167,6 +167,33 @@ def test_a_decision_sends_the_page_one_row_of_the_index(inspector, monkeypatch):
     assert inspector.get_state("index")["index"][1]["decision"] == "rejected"
 
 
+def test_an_accepted_strategy_that_leaks_is_quarantined_until_it_is_accepted_again(inspector, path):
+    inspector.decide("b", "accepted")
+    (line,) = lines(path)
+    assert (line["decision"], line["status"]) == ("accepted", "leaking") and "confirmed" not in line
+    assert "training passes over it" in inspector.told
+    inspector.selected = 1
+    assert inspector.item["quarantined"] is True
+    send(inspector, {"id": "b", "decision": "accepted", "comment": "a word"})  # a comment confirms nothing
+    assert lines(path)[0]["status"] == "leaking"
+    send(inspector, {"id": "b", "decision": "accepted", "confirm": True})
+    assert lines(path)[0]["status"] == "kept" and inspector.item["quarantined"] is False
+    inspector.decide("b", "accepted", comment="checked")
+    assert lines(path)[0]["status"] == "kept", "confirmed for this wording"
+    inspector.decide("b", "accepted", edited={**EDITED, "strategy": "Note that the answer is 42"})
+    assert lines(path)[0]["status"] == "leaking", "but not for another"
+
+
+def test_a_problem_without_candidates_is_rejected_or_written_by_hand(inspector, path):
+    inspector.selected = 3
+    (blank,) = inspector.item["candidates"]
+    assert blank["strategy"] is None and blank["reason"] == "no candidates"
+    inspector.decide("d", "rejected")
+    assert lines(path)[0]["status"] == "rejected"
+    inspector.decide("d", "accepted", edited=EDITED)
+    assert lines(path)[0]["status"] == "kept" and {k: lines(path)[0][k] for k in EDITED} == EDITED
+
+
 def test_another_candidate_is_picked(inspector, path):
     inspector.decide("a", "undecided", 1)
     assert inspector.item["picked"] == 1 and inspector.item["chosen"] == 0
@@ -200,7 +227,7 @@ def test_a_candidate_that_could_not_be_read_is_edited_or_rejected_but_not_accept
     inspector.decide("a", "accepted", 2, edited=EDITED)
     assert {k: lines(path)[1][k] for k in EDITED} == EDITED
     inspector.selected = 3
-    with pytest.raises(ValueError, match="no candidate"):  # and not "expected 0 to -1"
+    with pytest.raises(ValueError, match="candidate 1 could not be read; edit it"):  # there are none
         inspector.decide("d", "accepted")
 
 
@@ -301,7 +328,8 @@ def test_a_decision_about_a_candidate_that_is_gone_is_met_again_without_a_crash(
     path.write_text("".join(json.dumps({"id": i, **gone}) + "\n" for i in "ad"), encoding="utf-8")
     inspector = StrategyInspector(extractions(), path, verifier)
     inspector.selected = 3
-    assert inspector.item["candidates"] == [] and inspector.index[3]["decision"] == "accepted"
+    (shown,) = inspector.item["candidates"]  # the wording is kept, on the empty candidate of a problem without any
+    assert shown["strategy"]["strategy"] == EDITED["strategy"] and inspector.index[3]["decision"] == "accepted"
 
 
 def test_a_disk_that_is_full_is_told_and_nothing_changes(inspector, path):

@@ -105,6 +105,14 @@ def test_a_run_without_one_readable_candidate_has_every_table_and_figure():
     assert "unreadable (no steps): no" in quality.told_text(found[0])
 
 
+def test_without_an_engine_only_the_collection_is_there(tmp_path):
+    assert len(quality.loaded("collection")) == 66
+    with pytest.raises(ValueError, match=r"got 'champ' and no engine, expected 'collection'.*Set engine"):
+        quality.loaded("champ")
+    with pytest.raises(ValueError, match=r"missing\.jsonl"):
+        quality.loaded("champ", str(tmp_path / "missing.jsonl"))
+
+
 # ---------------------------------------------------------------------------------------------------------- agreement
 def columns(reference: list[list[float]], scored: list[list[float]]) -> pd.DataFrame:
     pairs = enumerate(zip(reference, scored, strict=True))

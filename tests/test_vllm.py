@@ -179,3 +179,19 @@ def test_the_engine_in_this_process_samples_the_model(engine, source):
     with pytest.raises(ValueError, match=r"context is 512 tokens\. Lower max_new_tokens"):
         engine.sample(requests[:1], temperature=1.0, top_p=1.0, max_new_tokens=500)
     assert engine.sample([], temperature=1.0, top_p=1.0, max_new_tokens=4) == []
+
+
+def test_the_engine_answers_prompts_for_extraction(engine):
+    """`vllm:SOURCE` of extraction is this engine behind `Local`: text, its end, tokens; too long a prompt is told."""
+    from sgpo_lib.extraction.chat import Local, Request
+
+    chat = Local("vllm:smollm2", engine, engine.tokenizer, engine.context, batch=4)
+    asked = [Request("Name a colour.", 0, 0.8, 0.95, 12), Request("Name a colour.", 1, 0.8, 0.95, 12),
+             Request("word " * 600, 0, 0.0, 1.0, 12)]  # fmt: skip
+    seen: list[int] = []
+    replies = chat.ask(asked, lambda i, _: seen.append(i))
+    assert sorted(seen) == [0, 1, 2] and replies[2].stop == "error" and "context 512" in replies[2].error
+    for reply in replies[:2]:
+        assert reply.text.strip() and 0 < reply.tokens <= 12 and reply.prompt_tokens > 5
+        assert reply.stop in ("end", "length") and not reply.error
+    assert chat.ask(asked[:1], lambda *_: None)[0].text == replies[0].text, "seeds repeat"

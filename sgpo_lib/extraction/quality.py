@@ -10,12 +10,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from sgpo_lib.evaluation import mean_interval
 from sgpo_lib.extraction.chat import Chat, Request
+from sgpo_lib.extraction.output import read_extractions
 from sgpo_lib.extraction.pipeline import ExtractionConfig, inside, shown_response
 from sgpo_lib.extraction.reading import read_ratings
 from sgpo_lib.extraction.records import CRITERIA, Candidate, Extraction, Leak
@@ -64,6 +66,20 @@ def shipped() -> list[Extraction]:
         best = max(range(len(candidates)), key=lambda i: candidates[i].quality or 0.0)
         found.append(Extraction(problem, candidates, best, "kept", engine="shipped collection"))
     return found
+
+
+def loaded(source: str, extractions: str = "") -> list[Extraction]:
+    """What there is without an engine: the lines of `sgpo extract`, else the shipped collection.
+
+    Raises ValueError for another source without a file: nothing has been extracted from it yet.
+    """
+    if extractions:
+        return read_extractions(Path(extractions))
+    if source != "collection":
+        raise ValueError(f"source: got {source!r} and no engine, expected 'collection' (nothing is extracted from "
+                         "others yet). Set engine (openai:MODEL, vllm:SOURCE or transformers:SOURCE), or extractions "
+                         "to a file of sgpo extract")
+    return shipped()
 
 
 def told_text(e: Extraction) -> str:

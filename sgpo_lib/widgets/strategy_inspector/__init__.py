@@ -2,8 +2,9 @@
 
 Python keeps the extractions and sends one problem at a time, so that 8,500 of them cost the browser an index. Every
 decision is written to a JSONL file at once, one line per problem, replaced as a whole (atomic); the file is what
-`data.strategies` reads: accepted strategies are `kept`, the others `rejected`. Opened again on the same file, the
-inspector continues.
+`data.strategies` reads: accepted strategies are `kept`, the others `rejected`. An accepted one that leaks is `leaking`,
+in quarantine, until it is accepted a second time: the check may be wrong. Opened again on the same file, the inspector
+continues.
 
 Model text reaches the page as text nodes and through KaTeX without trust; nothing in it is parsed as HTML.
 """
@@ -77,25 +78,23 @@ class StrategyInspector(anywidget.AnyWidget):
 
     def _row(self, i: int) -> dict[str, Any]:
         e, decision = self.found[i], self.decisions.get(self.found[i].problem.id, {})
-        best = self._candidates(e)[self._pick(e)] if e.candidates else None
-        quality = best.quality if best else None
-        score = best.score if best and best.score is not None else quality
+        best = self._candidates(e)[self._pick(e)]
+        score = best.score if best.score is not None else best.quality
         return {"id": e.problem.id, "subject": e.problem.family, "status": e.status,
                 "band": self.bands.of(score) if score is not None else "no score", "score": score,
-                "criteria": dict(best.criteria or {}) if best else {},
-                "leaks": sorted({leak.kind for leak in best.leaks}) if best else [],
+                "criteria": dict(best.criteria or {}), "leaks": sorted({leak.kind for leak in best.leaks}),
                 "leaks_any": sorted({leak.kind for c in e.candidates for leak in c.leaks}),
                 "decision": decision.get("decision", "undecided")}  # fmt: skip
 
     def _pick(self, e: Extraction) -> int:
         """Index of the candidate that is picked; that of the choice where nobody picked another."""
         picked = self.decisions.get(e.problem.id, {}).get("candidate")
-        return picked if type(picked) is int and 0 <= picked < len(e.candidates) else (e.chosen or 0)
+        return picked if type(picked) is int and 0 <= picked < len(_read(e)) else (e.chosen or 0)
 
     def _candidates(self, e: Extraction) -> list[Candidate]:
         """The candidates, the picked one with a person's wording where there is one."""
-        candidates, decision = list(e.candidates), self.decisions.get(e.problem.id, {})
-        if decision.get("edited") and candidates:
+        candidates, decision = _read(e), self.decisions.get(e.problem.id, {})
+        if decision.get("edited"):
             i, new = self._pick(e), read_strategy(decision, "")
             candidates[i] = dataclasses.replace(candidates[i], strategy=new, leaks=self._leaks(e, new))
         return candidates
@@ -110,7 +109,7 @@ class StrategyInspector(anywidget.AnyWidget):
                 "problem": e.problem.prompt, "solution": e.problem.solution, "answer": e.problem.answer,
                 "criteria": list(CRITERIA), "chosen": e.chosen, "picked": self._pick(e),
                 "decision": decision.get("decision", "undecided"), "comment": decision.get("comment", ""),
-                "edited": bool(decision.get("edited")),
+                "edited": bool(decision.get("edited")), "quarantined": decision.get("status") == "leaking",
                 "candidates": [_candidate(c) for c in self._candidates(e)]}  # fmt: skip
 
     def _show(self, _: Any = None) -> None:
@@ -123,14 +122,15 @@ class StrategyInspector(anywidget.AnyWidget):
             if not isinstance(content, dict) or not {"id", "decision"} <= set(content):
                 raise ValueError(f"got {content!r}, expected a message with id and decision")
             self.decide(content["id"], content["decision"], content.get("candidate"), content.get("comment", ""),
-                        content.get("edited"))
+                        content.get("edited"), confirm=content.get("confirm") is True)
         except (ValueError, TypeError, OSError, Timeout) as error:  # from the browser, and the disk
             self.told = f"not stored: {error}"
 
     def decide(self, problem_id: str, decision: str, candidate: int | None = None, comment: str = "",
-               edited: dict[str, Any] | None = None) -> None:
+               edited: dict[str, Any] | None = None, *, confirm: bool = False) -> None:
         """Store a decision: `accepted`, `rejected` or `undecided`, a candidate, a comment, a new wording.
 
+        `confirm`: accept it although the check finds a leak; without, such a one is stored as `leaking`.
         Raises ValueError for an unknown problem or decision, a candidate that could not be read, or a faulty wording.
         """
         place = next((i for i, e in enumerate(self.found) if e.problem.id == problem_id), None)
@@ -139,18 +139,22 @@ class StrategyInspector(anywidget.AnyWidget):
                              f"{', '.join(ACTIONS)} about a problem that is shown")
         e, before = self.found[place], self.decisions.get(problem_id, {})
         picked = self._pick(e) if candidate is None else candidate
-        if type(picked) is not int or not 0 <= picked < len(e.candidates):
-            expected = f"0 to {len(e.candidates) - 1}" if e.candidates else "none: this problem has no candidates"
-            raise ValueError(f"candidate: got {picked!r}, expected {expected}")
+        candidates = _read(e)
+        if type(picked) is not int or not 0 <= picked < len(candidates):
+            raise ValueError(f"candidate: got {picked!r}, expected 0 to {len(candidates) - 1}")
         if not isinstance(comment, str):
             raise ValueError(f"comment: got {comment!r}, expected text")
-        same = before.get("edited") and before.get("candidate") == picked
+        unchanged = before.get("candidate") == picked and not edited
+        same = before.get("edited") and unchanged
         new = read_strategy(edited, "") if edited else read_strategy(before, "") if same else \
-            e.candidates[picked].strategy  # fmt: skip
+            candidates[picked].strategy  # fmt: skip
         if new is None and decision == "accepted":
             raise ValueError(f"candidate {picked + 1} could not be read; edit it, or pick another")
-        line = {"id": problem_id, "status": {"accepted": "kept"}.get(decision, decision), "decision": decision,
-                "candidate": picked, "comment": comment, "edited": bool(edited or same),
+        confirmed = confirm or bool(before.get("confirmed") and unchanged)
+        leaking = decision == "accepted" and new is not None and not confirmed and bool(self._leaks(e, new))
+        status = "leaking" if leaking else "kept" if decision == "accepted" else decision
+        line = {"id": problem_id, "status": status, "decision": decision, "candidate": picked, "comment": comment,
+                "edited": bool(edited or same), **({"confirmed": True} if confirmed else {}),
                 "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}  # fmt: skip
         if new is not None:
             line |= {"problem_type": new.problem_type, "strategy": new.strategy, "steps": list(new.steps)}
@@ -161,9 +165,15 @@ class StrategyInspector(anywidget.AnyWidget):
         self.decisions = after
         self.index[place] = self._row(place)  # in place, which sends nothing: the page gets this row alone
         self.send({"place": place, "row": self.index[place]})
-        self.told = f"{problem_id}: {decision}, stored in {self.path}"
+        self.told = f"{problem_id}: {decision}, stored in {self.path}" + (
+            ". It leaks, so training passes over it; edit it, or accept it once more to train on it" if leaking else "")
         if self.selected == place:
             self.item = self._item(place)
+
+
+def _read(e: Extraction) -> list[Candidate]:
+    """The candidates of a problem; where there are none, an empty one to be written by hand."""
+    return list(e.candidates) or [Candidate("", reason="no candidates")]
 
 
 def _candidate(candidate: Candidate) -> dict[str, Any]:
@@ -195,6 +205,8 @@ def read_decisions(path: Path) -> dict[str, dict[str, Any]]:
             read_strategy(raw, "")
         found[text(raw, "id")] = raw
 
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, expected a file of decisions, or a name for a new one")
     if path.exists():
         read(path, parse, "decisions", "a file of the strategy inspector")
     return found

@@ -125,10 +125,13 @@ export default {
       select(rows[next].i);
     };
     const select = (i) => {
+      const item = model.get("item");
+      if (view.comment !== null && view.comment !== item.comment) decide(item.decision);  // typed, not yet stored
       view.editing = view.comment = null;
       model.set("selected", i);
       model.save_changes();
     };
+    const accept = () => decide("accepted", model.get("item").quarantined ? {confirm: true} : {});
     const decide = (decision, more = {}) => {
       const item = model.get("item");
       const comment = view.comment ?? item.comment;
@@ -223,11 +226,12 @@ export default {
       comment.addEventListener("input", () => { view.comment = comment.value; });
       comment.addEventListener("keydown", (e) => { if (e.key === "Enter") decide(item.decision); });
       return make("div", "foot",
-        button("accept", "accept the picked candidate (a)", () => decide("accepted"), item.decision === "accepted" ? "on" : ""),
+        button("accept", "accept the picked candidate (a)", accept, item.decision === "accepted" ? "on" : ""),
         button("reject", "reject this problem's strategies (r)", () => decide("rejected"), item.decision === "rejected" ? "on" : ""),
         button("edit", "edit the picked candidate (e)", () => { view.editing = true; draw(); }),
         button("undo", "back to undecided (u)", () => decide("undecided")), comment,
         item.decision !== "undecided" ? make("span", `tag ${item.decision}`, item.decision) : null,
+        item.quarantined ? make("span", "tag leaks", "leaks: in quarantine") : null,
         item.edited ? make("span", "tag", "edited") : null,
         make("kbd", "", "← → problems, 1–5 pick, a accept, r reject, e edit, c comment"));
     }
@@ -242,8 +246,7 @@ export default {
       const same = root.dataset.id === item.id;
       root.dataset.id = item.id;
       root.replaceChildren(filters(), make("div", "body", problem(item),
-        make("div", "right", ...item.candidates.map((c, i) => card(item, c, i)),
-          item.candidates.length ? null : make("div", "told", "no candidates"))), foot(item),
+        make("div", "right", ...item.candidates.map((c, i) => card(item, c, i)))), foot(item),
         make("div", `told${told.startsWith("not stored") ? " wrong" : ""}`, told));
       if (same) root.querySelectorAll(".left, .right").forEach((n, i) => { n.scrollTop = scrolls[i] ?? 0; });
       if (had) root.focus({preventScroll: true});
@@ -255,7 +258,7 @@ export default {
       if (typing || e.ctrlKey || e.metaKey || e.altKey) return;
       const item = model.get("item");
       const keys = {ArrowLeft: () => go(-1), k: () => go(-1), ArrowRight: () => go(1), j: () => go(1),
-        a: () => decide("accepted"), r: () => decide("rejected"), u: () => decide("undecided"),
+        a: accept, r: () => decide("rejected"), u: () => decide("undecided"),
         e: () => { view.editing = true; draw(); root.querySelector("textarea")?.focus(); },
         c: () => root.querySelector(".foot input")?.focus()};
       const number = Number(e.key);
