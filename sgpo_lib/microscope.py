@@ -10,7 +10,7 @@ from sgpo_lib.analysis import token_readings
 from sgpo_lib.losses.distillation import most_reachable
 from sgpo_lib.policy import Policy
 from sgpo_lib.readings import TokenReadings
-from sgpo_lib.records import Rollout, RolloutGroup
+from sgpo_lib.records import Problem, Rollout, RolloutGroup
 from sgpo_lib.widgets.token_kl import Pane
 
 
@@ -34,6 +34,17 @@ def group_panes(policy: Policy, group: RolloutGroup, *, top: int = 5, chunk: int
 
 def _correct(o: Rollout) -> bool:
     return o.reward is not None and bool(o.verdict and o.verdict.correct)  # reading a reward refuses an unjudged one
+
+
+def first_correct(groups: Sequence[RolloutGroup]) -> tuple[Problem, Rollout]:
+    """The first correct guided response of judged groups, and its problem. Raises ValueError where there is none."""
+    for group in groups:
+        for o in group.guided:
+            if _correct(o):
+                return group.problem, o
+    count = sum(len(g.guided) for g in groups)
+    raise ValueError(f"no guided response is correct, of {count} to {len(groups)} problems. Take more problems, easier "
+                     "ones, or a later checkpoint")
 
 
 def drain_frame(readings: Sequence[TokenReadings], delta: float = 1.0) -> pd.DataFrame:

@@ -107,6 +107,9 @@ NOTEBOOK_FIELDS: dict[str, str] = {
     "run": "Folder of one finished run.",
     "runs": "Folders of several runs; empty for all that fit.",
     "batch": "Name of a batch of notebooks whose runs to read; empty for all.",
+    "count": "Problems to look at.",
+    "policy": "Policy to look at: a hub id, a folder, a run or RUN@STEP; empty for the profile's base.",
+    "drain_steps": "Steps of the short run whose checkpoints are read; 0 for none.",
     "token_problems": "Problems of each world on which the base's token divergences are measured; 0 for none.",
     "export": "Folder below reports/ for tables and figures; empty writes none.",
 }

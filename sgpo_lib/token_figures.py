@@ -51,13 +51,13 @@ def delta_effect(frame: pd.DataFrame, chosen: float = 1.0) -> go.Figure:
 
 
 def drain(frame: pd.DataFrame) -> go.Figure:
-    """Mean KL and SFT loss of one response over checkpoints (`microscope.drain_frame`)."""
+    """Mean KL, the part that delta keeps, and SFT loss of one response over checkpoints (`microscope.drain_frame`)."""
     title = "One response while its strategy is absorbed"
-    if empty := missing(frame, ["label", "kl", "sft_loss"], title):
+    if empty := missing(frame, ["label", "kl", "kept_kl", "sft_loss"], title):
         return empty
     figure = _figure(title, "checkpoint", "nats per token (mean over the response)")
-    for column in ("kl", "sft_loss"):
-        name, colour, dash = MEASURES[column]
+    kept = {"kept_kl": ("forward KL of the tokens that delta keeps", AUTONOMOUS, "dash")}
+    for column, (name, colour, dash) in {"kl": MEASURES["kl"], **kept, "sft_loss": MEASURES["sft_loss"]}.items():
         figure.add_trace(go.Scatter(x=list(frame["label"]), y=list(frame[column]), mode="lines+markers", name=name,
                                     line={"color": colour, "dash": dash}, hovertemplate="%{y:.3f}"))
     return figure.update_yaxes(rangemode="tozero")

