@@ -1,6 +1,6 @@
 """Both groups of a problem for a reader: responses side by side as static HTML, and tables of what guidance does.
 
-No script; model text is escaped.
+No script; model text is escaped, and characters that could reorder what is around them stand as codes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from sgpo_lib.config import MethodConfig
 from sgpo_lib.evaluation import mean_interval
 from sgpo_lib.losses.guidance_weight import adaptive_weight
 from sgpo_lib.records import Rollout, RolloutGroup
+from sgpo_lib.widgets.token_kl.static import visible
 
 _COLOURS = {"correct": "#00795a", "wrong": "#b34700", "unverifiable": "#6b6b6b"}
 _BOX = ("border:1px solid var(--jp-border-color2,#c4c4c4);border-left:4px solid {colour};border-radius:4px;"
@@ -37,10 +38,10 @@ def group_html(group: RolloutGroup, most: int = 4, characters: int = 600) -> str
 
     strategy = group.problem.strategy
     told = "" if strategy is None else (
-        f"<div><b>Strategy</b> {html.escape(strategy.problem_type)}: {html.escape(strategy.strategy)}<br>"
-        + "<br>".join(f"({chr(97 + i)}) {html.escape(step)}" for i, step in enumerate(strategy.steps)) + "</div>")
+        f"<div><b>Strategy</b> {_safe(strategy.problem_type)}: {_safe(strategy.strategy)}<br>"
+        + "<br>".join(f"({chr(97 + i)}) {_safe(step)}" for i, step in enumerate(strategy.steps)) + "</div>")
     return (f'<div style="color:var(--jp-ui-font-color1,#1b1b1b)"><div style="white-space:pre-wrap">'
-            f"<b>Problem</b> {html.escape(group.problem.prompt)}</div>{told}"
+            f"<b>Problem</b> {_safe(group.problem.prompt)}</div>{told}"
             f'<table style="width:100%;table-layout:fixed;border-collapse:collapse"><tr>'
             f"{column('autonomous', group.autonomous)}{column('guided', group.guided)}</tr></table></div>")
 
@@ -52,9 +53,15 @@ def _box(o: Rollout, characters: int) -> str:
     why = f" ({o.verdict.reason})" if o.verdict.reason else ""
     answer = f", answer {o.verdict.answer[:80]}" if o.verdict.answer else ""
     end = ", cut off" if o.stop == "length" else ""
-    head = html.escape(f"{o.verdict.status}{why}{answer}, {len(o.token_ids)} tokens{end}")
-    return (f'<div style="{_BOX.format(colour=colour)}"><span style="color:{colour};font-weight:600">{head}</span>\n'
-            f"{html.escape(text)}</div>")
+    head = _safe(f"{o.verdict.status}{why}{answer}, {len(o.token_ids)} tokens{end}")
+    ink = f"color-mix(in srgb, {colour} 60%, var(--jp-ui-font-color1,#1b1b1b))"  # readable on light and dark pages
+    return (f'<div style="{_BOX.format(colour=colour)}"><span style="color:{ink};font-weight:600">{head}</span>\n'
+            f"{_safe(text)}</div>")
+
+
+def _safe(text: str) -> str:
+    """Escaped text; line ends stay as they are."""
+    return html.escape("\n".join(visible(line) for line in text.split("\n")))
 
 
 def guidance_frame(groups: Sequence[RolloutGroup], method: MethodConfig) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_token_kl_widget import TEXTS, readings_of, unpacked
 
-from sgpo_lib.widgets.token_kl import Pane, payload, static, static_html
+from sgpo_lib.widgets.token_kl import Pane, TokenKL, payload, static, static_html
 
 
 def test_no_token_lies_above_the_end_of_its_scale():
@@ -30,3 +30,10 @@ def test_mathjax_leaves_the_static_view_alone(monkeypatch, limit):
     page = static_html(readings_of([*TEXTS, "$x$"] * 3))
     box = page[page.index("<div"):].partition(">")[0]
     assert "mathjax_ignore tex2jax_ignore" in box and box.startswith("<div class=")
+
+
+@pytest.mark.parametrize("given, told", [(3, "int"), ("guided 1", "str"), ([readings_of(TEXTS)], "TokenReadings"),
+                                         ([Pane("a", [readings_of(TEXTS)]), None], "NoneType")])  # fmt: skip
+def test_what_is_no_pane_is_told(given, told):
+    with pytest.raises(ValueError, match=rf"panes: got {told}, expected .* Pane\(label, \[readings\]\) makes one"):
+        TokenKL(given)

@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kinds = frame.assign(flagged=(frame.answer_leaks + frame.intermediate_leaks) > 0).groupby("kind").flagged
     tables["candidates"] = kinds.agg(flagged="sum", candidates="count").astype(int).reset_index()
     tables["bands"] = quality.band_table(frame, quality.Bands()).round(3).rename_axis("criterion").reset_index()
+    notes = []
     agreement = [quality.agreement(frame, "quality", "rules").assign(scorer="rules (counting, no model)")]
     for name in arguments.scorer:
         scored = pipeline.rescore(extractions, command.open_chat(name), pipeline.ExtractionConfig(max_tokens=64))
@@ -88,11 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             agreement.append(quality.agreement(scores, "quality", "score").assign(
                 scorer=f"{name} ({missing} of {len(scores)} candidates without a score)"))  # fmt: skip
         else:
-            sys.stdout.write(f"{name}: no problem got two scores, so there is nothing to compare\n")
+            notes = [*notes, f"{name}: {missing} of {len(scores)} candidates got no score that could be read, and no "
+                     "problem two, so there is no agreement to measure.", ""]
     tables["agreement"] = pd.concat(agreement).round(3).reset_index()[
         ["scorer", "measure", "value", "low", "high", "chance", "problems"]]
     made_by = "make strategies" + (f" SCORER='{' '.join(arguments.scorer)}'" if arguments.scorer else "")
     lines = ["# Tables", "", f"Written by `{made_by}`; leak check: {1000 * seconds:.0f} ms a description.", ""]
+    lines += notes
     for name, table in tables.items():
         table.to_csv(OUT / f"{name}.csv", index=False)
         lines += [f"## {name}", "", _markdown(table), ""]

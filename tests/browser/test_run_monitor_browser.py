@@ -57,6 +57,8 @@ def test_the_page(monitor_page, tmp_path, style):
     page.set_content(page_of(quiet(["a", folder, "c"], root=tmp_path, wait=True, title=HOSTILE), style))
     box = page.locator(".sgpo-monitor")
     assert ("dark" in box.get_attribute("class")) == bool(style)
+    colours = box.locator(".bar :is(select, button)").evaluate_all("n => n.map(e => getComputedStyle(e).color)")
+    assert len(set(colours)) == 1, "a menu that can be used looks like one"
     rows = box.locator(".runs tbody tr").all_inner_texts()
     assert "5 of 40" in rows[0] and "0.75" in rows[0] and HOSTILE in rows[1] and HOSTILE in rows[2]
     assert box.locator("img, script, a, iframe").count() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from test_token_kl_page import TEXT, control, opened, tokens_of
 from test_token_kl_widget import HOSTILE, readings_of
@@ -43,3 +44,17 @@ def test_long_names_and_narrow_windows_keep_controls_in_sight(offline, tmp_path,
     assert cut == []
     for pair in (("search-previous", "search-next"), ("peak-previous", "peak-next")):
         assert len({page.locator(control(name)).bounding_box()["y"] for name in pair}) == 1
+
+
+def test_the_top_five_of_both_sides_can_be_seen_at_once(offline, tmp_path):
+    """Eleven alternatives and all others, beside one response and below two, without scrolling."""
+    page = offline
+    frame = next(f for f in (readings_of(tokens_of(TEXT), seed, top=5, noise=9.0) for seed in range(9))
+                 if np.diff(f.offset_N1).max() == 11)
+    i = int(np.diff(frame.offset_N1).argmax())
+    opened(page, TokenKL([Pane("a", [frame]), Pane("b", [frame])]), tmp_path)
+    for beside in ("-1", "1"):
+        page.select_option(control("compare"), beside)
+        page.locator(".response").first.locator(".t").nth(i).hover()
+        assert page.locator(".alternatives tbody tr:visible").count() == 12
+        assert page.evaluate("(n => n.scrollHeight <= n.clientHeight)(document.querySelector('.details'))")

@@ -41,9 +41,14 @@ class Pane:
 
 
 def as_panes(panes: Sequence[Pane] | TokenReadings) -> list[Pane]:
-    """Panes as given; of one response alone, one pane. Raises ValueError where there are none."""
+    """Panes as given; of one response alone, one pane. Raises ValueError for none, and for what is no pane."""
     if isinstance(panes, TokenReadings):
         return [Pane(panes.label or "response", [panes])]
+    several = isinstance(panes, Sequence) and not isinstance(panes, str)
+    wrong = [p for p in panes if not isinstance(p, Pane)] if several else [panes]
+    if wrong:
+        raise ValueError(f"panes: got {type(wrong[0]).__name__}, expected the readings of one response, or a list of "
+                         "panes; Pane(label, [readings]) makes one")
     if not panes:
         raise ValueError("got no panes, expected at least one response to show")
     return list(panes)

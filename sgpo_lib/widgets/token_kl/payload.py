@@ -53,8 +53,12 @@ def pack(panes: Sequence[Pane], title: str = "") -> tuple[dict[str, Any], list[b
 
 
 def _summary(table: pd.DataFrame) -> dict[str, Any]:
-    """What the page needs of a frame before it looks at the columns: ends of the scales, and sums."""
+    """What the page needs of a frame before it looks at the columns: ends of the scales, and sums.
+
+    An end is at least the value in the table and in the page, whichever rounding made larger: no token lies above it.
+    """
     sizes = {key: np.abs(table[key].to_numpy(float)) for key, metric in METRICS.items() if metric.kind != "agreement"}
+    sizes = {key: np.fmax(v, v.astype("f4")) for key, v in sizes.items()}
     most = {key: float(v[np.isfinite(v)].max(initial=0.0)) for key, v in sizes.items()}
     logp, kl = table["unguided_logp"].to_numpy(float), table["forward_kl"].to_numpy(float)
     known = kl[np.isfinite(kl)]
@@ -63,7 +67,10 @@ def _summary(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def _plan(pane: Pane) -> tuple[int, int | None]:
-    """(float32 columns of 4: KLs alone 0, sampled log-probs too 1, entropies too 2; alternatives per token or None)."""
+    """(float32: KLs alone 0, sampled log-probs too 1, entropies too 2, alternatives too 3; alternatives per token).
+
+    The second is None where all alternatives stay.
+    """
     limit = LIMIT * max(1.0, pane.tokens / LIMIT_TOKENS)
     plans = _plans()
     for precise, most in plans:
@@ -73,7 +80,8 @@ def _plan(pane: Pane) -> tuple[int, int | None]:
 
 
 def _plans() -> list[tuple[int, int | None]]:
-    return [(2, None), (1, None), (0, None), *((0, most) for most in (16, 12, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1))]
+    return [*((precise, None) for precise in (3, 2, 1, 0)),
+            *((0, most) for most in (16, 12, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1))]
 
 
 def _estimate(frame: TokenReadings, precise: int, most: int | None) -> int:
@@ -85,7 +93,7 @@ def _estimate(frame: TokenReadings, precise: int, most: int | None) -> int:
                for i in ids)
     index = 2 if len(ids) < 60_000 else 4
     per_token = 8 + 4 * (1 + (precise > 0)) + 4 * (1 + (precise > 1)) + 4 + 1 + 1 + index + (0 if frame.exact else 4)
-    return count * per_token + len(rows) * (4 + index) + text
+    return count * per_token + len(rows) * ((8 if precise > 2 else 4) + index) + text
 
 
 def _kept(frame: TokenReadings, most: int | None) -> np.ndarray:
@@ -165,8 +173,8 @@ def _frame_columns(frame: TokenReadings, rows: np.ndarray, words: _Words, precis
     token_of = np.repeat(np.arange(len(table)), counts)[rows]
     columns["count"] = _unsigned(np.bincount(token_of, minlength=len(table)))
     columns["word"] = _unsigned(words.alternatives(frame.alternative_M[rows]), least="<u2")
-    columns["guided"] = _float(frame.guided_logp_M[rows], "f2")
-    columns["unguided"] = _float(frame.unguided_logp_M[rows], "f2")
+    for name, logp_M in (("guided", frame.guided_logp_M), ("unguided", frame.unguided_logp_M)):
+        columns[name] = _float(logp_M[rows], "f4" if precise > 2 else "f2")
     return columns
 
 

@@ -1,8 +1,8 @@
 """A response as coloured text without script: what stands in a widget's place where JavaScript does not run.
 
 A notebook that is not trusted keeps inline styles and drops style elements; so every colour is inline, on white. Where
-style elements stay, a dark system gets dark colours. All text is escaped;
-text that runs from right to left is isolated (bdi), so that it moves no neighbour.
+style elements stay, a dark system gets dark colours. All text is escaped; text that runs from right to left is isolated
+(bdi), so that it moves no neighbour. JupyterLab runs MathJax over every HTML output: two classes keep it out of here.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def _head(readings: TokenReadings, metric: str, delta: float, title: str, larges
 
 def _whole(head: str, spans: list[str], note: str, dark: bool) -> str:
     end = f'<div class="k-line" style="{_LINE}">{html.escape(note)}</div>' if note else ""
-    kind = ' class="sgpo-static"' if dark else ""
-    return f'{_dark_style() if dark else ""}<div{kind} style="{_BOX}">{head}{"".join(spans)}{end}</div>'
+    kind = f"{'sgpo-static ' if dark else ''}mathjax_ignore tex2jax_ignore"
+    return f'{_dark_style() if dark else ""}<div class="{kind}" style="{_BOX}">{head}{"".join(spans)}{end}</div>'
 
 
 def _dark_style() -> str:

@@ -110,7 +110,7 @@ class Microscope {
     // the details of the token that was looked at last, as it is now
     const {at} = this.details, part = at && this.shown.find((s) => s.view === at.view);
     if (part) this.details.show(at.view, part.frame, part.steps, at.i, this.metric);
-    else if (at) { this.details.at = null; }
+    else if (at) this.details.empty();
   }
 
   setPane(pane) {
@@ -176,6 +176,7 @@ class Microscope {
   async cutSteps() {
     // steps of what is shown; a faulty or slow expression is told and the steps stay as they were
     const turn = ++this.turn, cut = `${this.mode} ${this.mode === "pattern" ? this.pattern : ""}`;
+    let wrong = "";
     for (const part of this.shown) {
       if (part.cut === cut && part.steps) continue;
       try {
@@ -185,12 +186,12 @@ class Microscope {
         part.view.flag("data-begins", steps.starts.slice(1));
         part.bars.segment(steps);
         part.means = part.view.pane.frames.map((_, f) => part.bars.meansOf(part.view.pane.frame(f)));
-        this.controls.wrong.textContent = "";
       } catch (error) {
-        if (turn === this.turn) this.controls.wrong.textContent = error.message;  // a person's expression
+        wrong = error.message;  // a person's expression
       }
     }
     if (turn !== this.turn) return;
+    this.controls.wrong.textContent = wrong;
     const cutAlready = this.shown.filter((s) => s.steps), means = cutAlready.flatMap((s) => s.means);
     this.barEnds = [largestOf(means.map((m) => m.kl)), largestOf(means.map((m) => m.sft))];
     for (const part of cutAlready) part.bars.update(part.frame, this.barEnds);

@@ -50,17 +50,17 @@ class Controls {
     this.hits = make("output", "value");
     const spaces = input("spaces", "checkbox", "show spaces", () => app.setSpaces(spaces.checked));
     this.peak = make("output", "value");
-    const rule = () => make("span", "rule");
+    const rule = () => make("span", "rule"), group = (...parts) => make("span", "group", ...parts);
     const several = data.panes.length > 1;
     this.node = make("div", "bar",
       several ? this.pane : null, several ? this.compare : null, this.frames, make("span", "line"),
       this.metric, this.scale, this.most, this.fixed, rule(), this.steps, this.pattern, this.wrong,
       make("span", "line"),
-      make("label", "delta", "δ", this.delta, this.deltaField), none, this.share, rule(),
-      this.search, button("search-previous", "‹", "previous match (Shift+Enter)", () => app.nextHit(-1)),
-      button("search-next", "›", "next match (Enter)", () => app.nextHit(1)), this.hits, rule(),
-      make("span", "soft", "largest KL"), button("peak-previous", "‹", "token with the next larger KL (p)", () => app.peak(-1)),
-      button("peak-next", "›", "token with the next smaller KL, from the largest on (n)", () => app.peak(1)), this.peak, rule(),
+      group(make("label", "delta", "δ", this.delta, this.deltaField), none), this.share, rule(),
+      group(this.search, button("search-previous", "‹", "previous match (Shift+Enter)", () => app.nextHit(-1)),
+        button("search-next", "›", "next match (Enter)", () => app.nextHit(1)), this.hits), rule(),
+      group(make("span", "soft", "largest KL"), button("peak-previous", "‹", "token with the next larger KL (p)", () => app.peak(-1)),
+        button("peak-next", "›", "token with the next smaller KL, from the largest on (n)", () => app.peak(1)), this.peak), rule(),
       make("label", "", spaces, "spaces"));
     this.node.setAttribute("role", "toolbar");
     this.node.setAttribute("aria-label", "controls of the token view");

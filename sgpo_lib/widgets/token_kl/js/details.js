@@ -6,7 +6,6 @@ const ROWS_LEAST = 6;
 class Details {
   constructor(data) {
     this.data = data;
-    this.at = null;
     this.title = make("div", "title");
     this.place = make("div", "soft place");
     this.facts = make("table", "facts");
@@ -44,7 +43,13 @@ class Details {
   }
 
   empty() {
+    // nothing is looked at; the row of what a served model does not tell is there where a response came from one
+    this.at = null;
     this.title.replaceChildren("point at a token, or reach it by Tab and arrow keys");
+    this.place.textContent = "";
+    this.sides[4].row.hidden = this.data.panes.every((pane) => pane.frames.every((frame) => frame.exact));
+    for (const cell of [...this.sides.flatMap((side) => side.cells), ...this.metrics.values()]) cell.textContent = "";
+    this.body.replaceChildren();
     this.caption.textContent = "alternatives of both policies";
     this.gain.textContent = "to KL";
   }
@@ -56,7 +61,7 @@ class Details {
     const step = steps ? `step ${steps.of[i] + 1} of ${steps.count}` : "";
     const piece = view.pieces[i] !== view.texts[i] && view.texts[i] ? `, last piece ${spoken(view.pieces[i])}` : "";
     this.place.textContent = [`${pane.label}${frame.label && pane.frames.length > 1 ? `, ${frame.label}` : ""}`,
-      `token ${i} of ${pane.count}`, step, `id ${words.id[pane.text[i]]}${piece}`].filter(Boolean).join(" · ");
+      `token ${i} of 0–${pane.count - 1}`, step, `id ${words.id[pane.text[i]]}${piece}`].filter(Boolean).join(" · ");
     const both = (row, left, right) => { row.cells[0].textContent = left; row.cells[1].textContent = right; };
     const [probability, logp, rank, entropy, missing] = this.sides;
     const ranked = (r) => (r === 0 ? "–" : r === 65535 ? "≥ 65535" : whole(r));
