@@ -52,7 +52,8 @@ def main() -> None:
             total += float(numbers["forward_kl"].sum())
         seconds = time.perf_counter() - began
     told = [f"--{name} {value}" for name, value in vars(asked).items()]
-    found = {"command": " ".join(["python benchmarks/token_readings.py", *told]), **vars(asked), "threads": torch.get_num_threads(), "seconds": round(seconds, 1),
+    found = {"command": " ".join(["python benchmarks/token_readings.py", *told]), **vars(asked),
+             "threads": torch.get_num_threads(), "seconds": round(seconds, 1),
              "floor_seconds": round(floor, 1), "ratio_to_floor": round(seconds / floor, 2),
              "peak_extra_MB": round((resident("VmHWM") - before) / 1e6),
              "one_sides_logits_MB": round(asked.tokens * asked.vocabulary * 4 / 1e6),

@@ -56,12 +56,12 @@ def test_the_microscope_in_notebook_04(page, lab, small):
     slider.focus()
     page.keyboard.press("Home")
     for _ in range(3):
-        page.keyboard.press("ArrowRight")
+        page.keyboard.press("PageUp")
     shown = float(control(box, "delta-value").input_value())
     until(lambda: abs(float(ask(page, "print(microscope.delta)")) - shown) < 1e-3)
     delta = float(ask(page, "print(microscope.delta)"))
     masked = sum(v > delta for v in kl)
-    assert 0 < masked < count and 0 < delta < 1
+    assert 0 < masked < count and delta > 0
     assert f"{100 * masked / count:.1f}" in control(box, "share").inner_text()
 
     # keys stay in the widget: jump to the largest, move, and no cell is deleted
@@ -126,7 +126,7 @@ def test_the_executed_copy_keeps_the_microscope_where_it_is_trusted(page, lab, s
     tokens = box.locator(".response").first.locator(".t")
     assert tokens.count() > 10
     tokens.nth(1).hover()
-    until(lambda: "probability guided" in box.locator(".details").first.inner_text(), 10)
+    until(lambda: "probability" in box.locator(".details").first.inner_text(), 10)
     assert page.locator(".sgpo-kl").count() == 2
     shot(page, "04_trusted")
 
@@ -152,7 +152,8 @@ def test_the_run_monitor_beside_a_finished_run(page, lab, small):
     box = page.locator(".sgpo-monitor").first
     box.scroll_into_view_if_needed(timeout=60_000)
     assert "4 of 4" in box.locator(".runs").inner_text() and box.locator(".panel svg").count() >= 6
-    last = json.loads(next((root / "runs").glob("tiny-sgpo-*/metrics.jsonl")).read_text().splitlines()[3])
-    assert last["kind"] == "train" and f"{last['alpha']:.3g}" in box.locator(".panel", has_text="Weight").inner_text()
+    rows = map(json.loads, next((root / "runs").glob("tiny-sgpo-*/metrics.jsonl")).read_text().splitlines())
+    last = [row for row in rows if row["kind"] == "train"][-1]
+    assert f"{last['alpha']:.3g}" in box.locator(".panel", has_text="Weight").inner_text()
     assert box.locator(".panel", has_text="KL kept by clipping").count() == 1
     shot(page, "monitor")
