@@ -35,9 +35,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
         port = probe.getsockname()[1]
     environment = {**os.environ, "SGPO_RUNS": str(root / "runs"), "PLOTLY_RENDERER": "plotly_mimetype",
                    "JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_CONFIG_DIR": str(root / "config")}  # fmt: skip
-    settings = root / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
-    settings.parent.mkdir(parents=True)
-    settings.write_text('{"windowingMode": "none"}')  # cells outside the window stay in the page
+    settings = root / "settings" / "@jupyterlab"
+    for name, value in (("notebook-extension/tracker", '{"windowingMode": "none"}'),  # all cells stay in the page
+                        ("apputils-extension/notification", '{"fetchNews": "false", "checkForUpdates": false}')):
+        (settings / name).parent.mkdir(parents=True)
+        (settings / f"{name}.jupyterlab-settings").write_text(value)
     environment["JUPYTERLAB_SETTINGS_DIR"] = str(root / "settings")
     with (root / "lab.log").open("w") as log:
         process = subprocess.Popen(

@@ -71,6 +71,7 @@ def theme(page: Any, name: str) -> None:
     """Change JupyterLab's theme: `Light` or `Dark`. It lasts beyond the page."""
     page.evaluate(f"window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {name}'}})")
     until(lambda: page.locator("body").get_attribute("data-jp-theme-light") == str(name == "Light").lower(), 20)
+    until(lambda: page.locator("#jupyterlab-splash").count() == 0, 20)
 
 
 def shot(page: Any, name: str) -> None:
