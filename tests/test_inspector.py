@@ -80,16 +80,17 @@ def memory(inspector: StrategyInspector) -> str:
 
 
 def test_the_index_has_one_light_row_per_problem(inspector):
+    bands = {"type": "High", "strategy": "High", "steps": "Medium", "no_leak": "High"}
     assert inspector.index == [
         {"id": "a", "subject": "algebra", "status": "kept", "band": "High", "score": 0.9, "criteria": RATINGS,
-         "leaks": [], "leaks_any": ["answer"], "decision": "undecided"},
+         "bands": bands, "leaks": [], "leaks_any": ["answer"], "decision": "undecided"},
         {"id": "b", "subject": "algebra", "status": "leaking", "band": "Medium", "score": pytest.approx(0.6),
-         "criteria": {**RATINGS, "no_leak": 0.0}, "leaks": ["answer"], "leaks_any": ["answer"],
-         "decision": "undecided"},
+         "criteria": {**RATINGS, "no_leak": 0.0}, "bands": {**bands, "no_leak": "Low"}, "leaks": ["answer"],
+         "leaks_any": ["answer"], "decision": "undecided"},
         {"id": "c", "subject": "geometry", "status": "no strategy", "band": "no score", "score": None, "criteria": {},
-         "leaks": [], "leaks_any": [], "decision": "undecided"},
+         "bands": {}, "leaks": [], "leaks_any": [], "decision": "undecided"},
         {"id": "d", "subject": "", "status": "left out", "band": "no score", "score": None, "criteria": {},
-         "leaks": [], "leaks_any": [], "decision": "undecided"},
+         "bands": {}, "leaks": [], "leaks_any": [], "decision": "undecided"},
     ]  # fmt: skip
 
 

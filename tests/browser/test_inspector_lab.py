@@ -64,6 +64,18 @@ def test_the_inspector_in_jupyterlab(page, lab):
     box.locator("label", has_text="subject").locator("select").select_option("geometry")
     until(lambda: "geo-01" in box.locator(".left h4").first.inner_text())
     assert "1 of 11" in box.locator(".bar").inner_text()
+    menu = lambda name: box.locator("label", has_text=name).locator("select")  # noqa: E731
+    menu("subject").select_option("all")
+    menu("of").select_option("no_leak")  # the retained ones hardly leak, by their reference ratings
+    menu("band").select_option("High")
+    high = int(box.locator(".bar").inner_text().split(" of ")[1].split()[0])
+    menu("band").select_option("Low")
+    low = int(box.locator(".bar").inner_text().split(" of ")[1].split()[0])
+    assert high > 50 > low
+    menu("band").select_option("all")
+    menu("sort").select_option("subject")
+    box.get_by_role("button", name="previous").click()
+    menu("subject").select_option("geometry")
     theme(page, "Dark")
     shot(page, "inspector_dark")
     theme(page, "Light")

@@ -103,16 +103,19 @@ export default {
     root.tabIndex = 0;
     root.setAttribute("data-lm-suppress-shortcuts", "true");  // JupyterLab's own keys stay out of here
     el.append(root);
-    const view = {band: "all", leak: "all", subject: "all", decision: "all", sort: "order", editing: null, comment: null};
+    const view = {band: "all", of: "overall", leak: "all", subject: "all", decision: "all", sort: "order", editing: null, comment: null};
 
     const shown = () => {
       const rows = model.get("index").map((row, i) => ({...row, i}));
-      const kept = rows.filter((r) => (view.band === "all" || r.band === view.band)
+      const band = (r) => view.of === "overall" ? r.band : r.bands[view.of] ?? "no score";
+      const kept = rows.filter((r) => (view.band === "all" || band(r) === view.band)
         && (view.leak === "all" || (view.leak === "none" ? r.leaks.length === 0
           : view.leak === "any candidate" ? r.leaks_any.length > 0 : r.leaks.includes(view.leak)))
         && (view.subject === "all" || r.subject === view.subject)
         && (view.decision === "all" || r.decision === view.decision));
-      const key = {order: (r) => r.i, "score, lowest first": (r) => r.score ?? -1, "score, highest first": (r) => -(r.score ?? -1)};
+      const key = {order: (r) => r.i, "score, lowest first": (r) => r.score ?? -1, "score, highest first": (r) => -(r.score ?? -1),
+        "leaks first": (r) => r.leaks.includes("answer") ? 0 : r.leaks.length ? 1 : 2};
+      if (view.sort === "subject") return kept.sort((a, b) => a.subject.localeCompare(b.subject) || a.i - b.i);
       const by = key[view.sort] ?? ((r) => r.criteria[view.sort] ?? -1);
       return kept.sort((a, b) => by(a) - by(b) || a.i - b.i);
     };
@@ -148,10 +151,11 @@ export default {
       const pairs = (...names) => names.map((n) => [n, n]);
       const bar = make("div", "bar",
         choice("band", pairs("all", ...BANDS), view.band, change("band")),
+        choice("of", [["overall", "overall"], ...Object.entries(NAMES)], view.of, change("of")),
         choice("leaks", pairs("all", "none", "answer", "intermediate", "any candidate"), view.leak, change("leak")),
         choice("subject", pairs("all", ...subjects), view.subject, change("subject")),
         choice("decision", pairs("all", "undecided", "accepted", "rejected"), view.decision, change("decision")),
-        choice("sort", [...pairs("order", "score, lowest first", "score, highest first"),
+        choice("sort", [...pairs("order", "score, lowest first", "score, highest first", "leaks first", "subject"),
           ...Object.entries(NAMES)], view.sort, change("sort")),
         make("span", "spacer"),
         make("span", "", `${at < 0 ? "–" : at + 1} of ${rows.length}${rows.length < index.length ? ` (${index.length} in all)` : ""}`),
