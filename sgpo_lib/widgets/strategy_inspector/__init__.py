@@ -83,7 +83,8 @@ class StrategyInspector(anywidget.AnyWidget):
         return {"id": e.problem.id, "subject": e.problem.family, "status": e.status,
                 "band": self.bands.of(score) if score is not None else "no score", "score": score,
                 "criteria": dict(best.criteria or {}),
-                "bands": {name: self.bands.of(value) for name, value in (best.criteria or {}).items()}, "leaks": sorted({leak.kind for leak in best.leaks}),
+                "bands": {name: self.bands.of(value) for name, value in (best.criteria or {}).items()},
+                "leaks": sorted({leak.kind for leak in best.leaks}),
                 "leaks_any": sorted({leak.kind for c in e.candidates for leak in c.leaks}),
                 "decision": decision.get("decision", "undecided")}  # fmt: skip
 
