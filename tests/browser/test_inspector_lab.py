@@ -61,10 +61,10 @@ def test_the_inspector_in_jupyterlab(page, lab):
     until(lambda: "alg-02" in box.locator(".left h4").first.inner_text())
     key(page, "r")
     until(lambda: stored(file)["alg-02"]["decision"] == "rejected")
-    box.locator("label", has_text="subject").locator("select").select_option("geometry")
+    menu = lambda name: box.get_by_label(name, exact=True)  # noqa: E731
+    menu("subject").select_option("geometry")
     until(lambda: "geo-01" in box.locator(".left h4").first.inner_text())
     assert "1 of 11" in box.locator(".bar").inner_text()
-    menu = lambda name: box.locator("label", has_text=name).locator("select")  # noqa: E731
     menu("subject").select_option("all")
     menu("of").select_option("no_leak")  # the retained ones hardly leak, by their reference ratings
     menu("band").select_option("High")
@@ -79,7 +79,7 @@ def test_the_inspector_in_jupyterlab(page, lab):
     theme(page, "Dark")
     shot(page, "inspector_dark")
     theme(page, "Light")
-    box.locator("label", has_text="decision").locator("select").select_option("accepted")
+    menu("decision").select_option("accepted")
     until(lambda: "– of 0" in box.locator(".bar").inner_text())
 
 

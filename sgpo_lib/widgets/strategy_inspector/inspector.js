@@ -85,6 +85,7 @@ function choice(label, options, value, onChange) {
     select.append(option);
   }
   select.value = value;
+  select.setAttribute("aria-label", label);
   select.addEventListener("change", () => onChange(select.value));
   return make("label", "", label, select);
 }
