@@ -65,7 +65,8 @@ print("end", flush=True)"""
         told: list[str] = []
         client.execute_interactive(
             "monitor.stop(); print(monitor.rows[0]['train']['alpha'] == list(range(1, 121)), "
-            "monitor.state[0]['state'], monitor.following)", timeout=60, output_hook=lambda m: told.append(m["content"].get("text", "")))
+            "monitor.state[0]['state'], monitor.following)", timeout=60,
+            output_hook=lambda m: told.append(m["content"].get("text", "")))
         assert "True done False" in "".join(told)
     finally:
         client.stop_channels()
