@@ -67,7 +67,8 @@ def test_the_page_parses_no_text_as_html_and_runs_none():
     for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "DOMParser", "srcdoc", "eval(",
                 "createContextualFragment", "Function(", "javascript:", ".href", "setHTML", "setTimeout(\""):
         assert way not in SCRIPT, way
-    assert set(re.findall(r"setAttribute\(\"(\w[\w-]*)\"", SCRIPT)) <= {"title", "data-lm-suppress-shortcuts"}
+    assert set(re.findall(r"setAttribute\(\"(\w[\w-]*)\"", SCRIPT)) <= {"title", "aria-label",
+                                                                              "data-lm-suppress-shortcuts"}
     assert len(re.findall(r"katex\.render", SCRIPT)) == 1 and "trust: true" not in SCRIPT
 
 
