@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of kernels too: with two test processes, threads that wait for one another crawl
 
@@ -41,6 +43,23 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.build_model(tokenizer, 5).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def problem() -> Any:
+    """A problem of the testbed with its strategy."""
+    from sgpo_lib.testbed import make_problem
+    from sgpo_lib.testbed_families import FAMILIES
+
+    return make_problem(FAMILIES[0], 0, random.Random(5))
+
+
+@pytest.fixture(scope="module")
+def response(policy: Any, problem: Any) -> tuple[int, ...]:
+    """Token ids of that problem's solution for the `policy` of the test file."""
+    from sgpo_lib.prompts import response_ids
+
+    return response_ids(policy.tokenizer, problem.solution or problem.prompt)
 
 
 @pytest.fixture

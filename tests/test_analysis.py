@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sgpo_lib import testbed, tiny
+from sgpo_lib import tiny
 from sgpo_lib.analysis import (
     rank_auc,
     selectivity,
@@ -21,10 +21,9 @@ from sgpo_lib.analysis import (
     top_share,
 )
 from sgpo_lib.policy import Policy
-from sgpo_lib.prompts import prompt_ids, response_ids
+from sgpo_lib.prompts import prompt_ids
 from sgpo_lib.readings import COLUMNS
 from sgpo_lib.records import Problem
-from sgpo_lib.testbed_families import FAMILIES
 from sgpo_lib.token_text import token_texts
 
 
@@ -38,16 +37,6 @@ def policy() -> Policy:
             if parameter.ndim == 2:
                 parameter.mul_(8)
     return Policy(model, tokenizer, torch.device("cpu"), lora=False, context=512)
-
-
-@pytest.fixture(scope="module")
-def problem() -> Problem:
-    return testbed.make_problem(FAMILIES[0], 0, random.Random(5))
-
-
-@pytest.fixture(scope="module")
-def response(policy, problem) -> tuple[int, ...]:
-    return response_ids(policy.tokenizer, problem.solution or problem.prompt)
 
 
 def logits_before_each_token(policy: Policy, prompt: tuple[int, ...], response: tuple[int, ...]) -> np.ndarray:

@@ -19,18 +19,17 @@ import pytest
 import torch
 from test_losses_memory import Tracker
 
-from sgpo_lib import policy_sources, testbed, tiny
+from sgpo_lib import policy_sources, tiny
 from sgpo_lib.analysis import step_table, token_readings, token_table, top_share
 from sgpo_lib.config import ModelConfig, RunConfig, override
 from sgpo_lib.losses.token_kl import forward_kl_guided_to_unguided
 from sgpo_lib.policy import Policy, load_policy
 from sgpo_lib.policy_sources import checkpoint_steps, open_policy, readings_over_training
-from sgpo_lib.prompts import prompt_ids, response_ids
+from sgpo_lib.prompts import prompt_ids
 from sgpo_lib.readings import COLUMNS, TokenReadings
 from sgpo_lib.records import Problem, Rollout, RolloutGroup, Verdict
 from sgpo_lib.runs import Run, open_run
 from sgpo_lib.session import FINAL
-from sgpo_lib.testbed_families import FAMILIES
 from sgpo_lib.token_statistics import DELTAS, delta_curve, lorenz, rank_correlations, spearman
 
 
@@ -56,16 +55,6 @@ def make_policy(*, tied: bool = True, dtype: torch.dtype = torch.float32, vocabu
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     return make_policy()
-
-
-@pytest.fixture(scope="module")
-def problem() -> Problem:
-    return testbed.make_problem(FAMILIES[0], 0, random.Random(5))
-
-
-@pytest.fixture(scope="module")
-def response(policy, problem) -> tuple[int, ...]:
-    return response_ids(policy.tokenizer, problem.solution or problem.prompt)
 
 
 def logits_of(policy: Policy, problem: Problem, response: tuple[int, ...], guided: bool) -> np.ndarray:

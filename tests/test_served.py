@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,15 +17,12 @@ import oracles
 import pytest
 import torch
 
-from sgpo_lib import testbed
 from sgpo_lib.analysis import token_readings
 from sgpo_lib.config import ModelConfig
 from sgpo_lib.policy import Policy, load_policy
-from sgpo_lib.prompts import response_ids
 from sgpo_lib.readings import COLUMNS, TokenReadings
 from sgpo_lib.records import Problem
 from sgpo_lib.served import divergence_bound, entropy_bound, missing_mass, served_readings
-from sgpo_lib.testbed_families import FAMILIES
 
 KEY = "canary-7d1e"
 
@@ -112,16 +108,6 @@ def server(served, monkeypatch) -> Server:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     served.change, served.asked = None, []
     return served
-
-
-@pytest.fixture(scope="module")
-def problem() -> Problem:
-    return testbed.make_problem(FAMILIES[0], 0, random.Random(5))
-
-
-@pytest.fixture(scope="module")
-def response(policy, problem) -> tuple[int, ...]:
-    return response_ids(policy.tokenizer, problem.solution or problem.prompt)
 
 
 @pytest.fixture(scope="module")
