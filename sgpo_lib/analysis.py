@@ -197,7 +197,7 @@ def token_table(policy: Policy, groups: Sequence[RolloutGroup], critical: Collec
     frames: list[pd.DataFrame] = []
     for group in groups:
         for rollout in group.guided:
-            if not only_correct or (rollout.verdict and rollout.verdict.correct):
+            if not only_correct or rollout.correct:
                 frame = token_frame(policy, group.problem, rollout.token_ids, delta)
                 frame["critical"] = [token.strip() in critical for token in frame["token"]]
                 frames.append(frame.assign(stage=_stages(frame), response=len(frames), problem=group.problem.id))

@@ -75,7 +75,7 @@ def guidance_frame(groups: Sequence[RolloutGroup], method: MethodConfig) -> pd.D
         for name, responses in (("p_auto", g.autonomous), ("p_guide", g.guided)):
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), mean_interval([o.reward for o in responses]),
                             strict=True))  # fmt: skip
-        teaches = any(o.verdict and o.verdict.correct for o in g.guided)
+        teaches = any(o.correct for o in g.guided)
         alpha = adaptive_weight(g.p_guide, g.p_auto, method.alpha_base, method.alpha_gamma, method.alpha_max)
         rows.append({**row, "gain": g.p_guide - g.p_auto, "alpha": alpha if teaches else 0.0})
     return pd.DataFrame(rows)

@@ -33,7 +33,7 @@ def group_panes(policy: Policy, group: RolloutGroup, *, top: int = 5, chunk: int
 
 
 def _correct(o: Rollout) -> bool:
-    return o.reward is not None and bool(o.verdict and o.verdict.correct)  # reading a reward refuses an unjudged one
+    return o.reward is not None and o.correct  # reading a reward refuses an unjudged one
 
 
 def first_correct(groups: Sequence[RolloutGroup]) -> tuple[Problem, Rollout]:

@@ -75,7 +75,7 @@ def plan(session: Session, groups: Sequence[RolloutGroup]) -> list[ProblemWork]:
 
 
 def _correct(rollouts: Sequence[Rollout]) -> list[bool]:
-    return [bool(o.verdict and o.verdict.correct) for o in rollouts]
+    return [o.correct for o in rollouts]
 
 
 def _reach(session: Session, groups: Sequence[RolloutGroup]) -> dict[int, float]:

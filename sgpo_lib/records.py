@@ -107,6 +107,11 @@ class Rollout:
             raise ValueError(f"response {self.sample} of problem {self.problem_id} has not been judged yet")
         return self.verdict.reward
 
+    @property
+    def correct(self) -> bool:
+        """Whether it was judged correct; False before it is judged."""
+        return self.verdict is not None and self.verdict.correct
+
 
 @dataclass
 class RolloutGroup:

@@ -16,22 +16,24 @@ Shape suffixes: N response tokens, K candidates of a token: the sampled token an
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from sgpo_lib.extraction.chat import Endpoint
+from sgpo_lib.extraction.chat import Endpoint, one_line
 from sgpo_lib.prompts import prompt_ids
 from sgpo_lib.readings import TokenReadings, readings_of
 from sgpo_lib.records import Problem
 
 Position = Mapping[str, Mapping[str, Any]]
 """Token id -> {"logprob": nats, "rank": 1 for the most likely, ...}: one position of `prompt_logprobs`."""
+_line = functools.partial(one_line, length=300)
+"""One short line without the key."""
 _SLACK = 1e-6
 """Error that rounding leaves in a bucket's probability; the unlikelier side's bucket is taken to be larger by it."""
 
@@ -124,13 +126,6 @@ def _cure(message: str) -> str:
     if "context length" in message or "max_model_len" in message or "max_tokens" in message:
         return ". Shorten the response, or start the server with a larger --max-model-len"
     return ""
-
-
-def _line(text: str) -> str:
-    """One short line without the key."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    text = text.replace(key, "[key]") if key else text
-    return " ".join(text.split())[:300]
 
 
 # ------------------------------------------------------------------------------------------------------------ bounds

@@ -158,30 +158,31 @@ class Endpoint:
                     temperature=request.temperature, top_p=request.top_p, max_tokens=request.max_tokens,
                     seed=sample_seed("chat", request.prompt, request.sample) % (1 << 31))
         except openai.APIStatusError as error:
-            return Reply(stop="error", error=_line(f"HTTP {error.status_code}: {error.message}"))
+            return Reply(stop="error", error=one_line(f"HTTP {error.status_code}: {error.message}"))
         except openai.APITimeoutError:
             return Reply(stop="error", error=f"no answer within {self.timeout_s} s")
         except TimeoutError:  # bytes came all the time, but no whole answer
             return Reply(stop="error", error=f"no whole answer within {self.deadline_s} s")
         except openai.APIConnectionError as error:
-            return Reply(stop="error", error=_line(f"connection: {error.__cause__ or error}"))
+            return Reply(stop="error", error=one_line(f"connection: {error.__cause__ or error}"))
         except (openai.OpenAIError, ValueError) as error:  # a body that is no completion
-            return Reply(stop="error", error=_line(f"unreadable answer: {type(error).__name__}: {error}"))
+            return Reply(stop="error", error=one_line(f"unreadable answer: {type(error).__name__}: {error}"))
         choices = found.choices if isinstance(found, ChatCompletion) and isinstance(found.choices, list) else []
         message = getattr(choices[0], "message", None) if choices else None
         text = getattr(message, "content", None)
         if not isinstance(message, ChatCompletionMessage) or not isinstance(text, str | None):
-            return Reply(stop="error", error=_line(f"not a completion: {found!s}"))
+            return Reply(stop="error", error=one_line(f"not a completion: {found!s}"))
         text = (text or "").encode("utf-8", "replace").decode()  # JSON can hold half a surrogate pair
         asked, written = (n if isinstance(n := getattr(found.usage, name, 0), int) else 0
                           for name in ("prompt_tokens", "completion_tokens"))
         return Reply(text, "length" if choices[0].finish_reason == "length" else "end", asked, written)
 
 
-def _line(text: str) -> str:
+def one_line(text: str, length: int = 200) -> str:
+    """Text of an error as one short line, without the endpoint's key."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     text = text.replace(key, "[key]") if key else text
-    return " ".join(text.split())[:200]
+    return " ".join(text.split())[:length]
 
 
 class Local:
