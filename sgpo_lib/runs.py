@@ -90,6 +90,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class Stopped(KeyboardInterrupt):
+    """Raised between two steps where the job was asked to stop; a checkpoint is written. Nothing has failed."""
+
+
+def stop_requested() -> bool:
+    """Whether the job that this process works for was asked to stop: `STOP` in its folder (see launch.py)."""
+    job = os.environ.get("SGPO_JOB")  # set by launch.py
+    return bool(job) and (Path(job) / "STOP").exists()
+
+
 class Run:
     """One run folder. Use `open_run`, which checks and locks it."""
 

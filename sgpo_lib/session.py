@@ -70,6 +70,8 @@ class Session(OpenModel):
     total_steps: int
     step: int = 0
     """Steps completed."""
+    saved_step: int = 0
+    """Step of the newest checkpoint; before the first step there is nothing to save."""
     best_loss: float = math.inf
     """Lowest validation loss so far (supervised runs)."""
     best_step: int = -1
@@ -139,6 +141,7 @@ class Session(OpenModel):
         state = {"best_loss": self.best_loss, "best_step": self.best_step, "weights": self.policy.fingerprint()}
         protected = (self.best_step,) if self.best_step >= 0 else ()
         self.run.save_checkpoint(self.step, write, state, self.config.train.keep_checkpoints, protected)
+        self.saved_step = self.step
 
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
         """Take the state of a checkpoint; later rows of metrics are dropped, since their steps come again."""
@@ -148,6 +151,7 @@ class Session(OpenModel):
         torch.set_rng_state(stored["torch_rng"].cpu())
         self.guided_side.copies = stored["guided_side"]
         self.step, self.best_loss, self.best_step = state["step"], state["best_loss"], state["best_step"]
+        self.saved_step = self.step
         self.run.forget_after(self.step)
 
 

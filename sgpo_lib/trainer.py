@@ -22,7 +22,7 @@ from sgpo_lib.problems import load, require_solutions, require_strategies
 from sgpo_lib.prompts import expert_text, prompt_ids, response_ids
 from sgpo_lib.records import Problem, RolloutGroup
 from sgpo_lib.rollouts.groups import judge_groups, rollout_rows, sample_groups
-from sgpo_lib.runs import Run, locked, open_run
+from sgpo_lib.runs import Run, Stopped, locked, open_run, stop_requested
 from sgpo_lib.session import FINAL, Session, open_session
 from sgpo_lib.sources.catalogue import readable
 from sgpo_lib.sources.rows import normalised
@@ -103,9 +103,11 @@ def _loop(session: Session, on_row: OnRow | None) -> None:
             session.updating = False  # only now: an evaluation that is cut off comes again with its step
             if last or session.best_step == step or (config.train.save_every and step % config.train.save_every == 0):
                 session.save()
+            if not last and stop_requested():
+                raise Stopped(f"asked to stop after step {step} of {session.total_steps}")
         _finish(session, log)
     except KeyboardInterrupt:
-        if not session.updating and session.step:
+        if not session.updating and session.step != session.saved_step:
             session.save()  # the state after the last whole step: only the current step is lost
         raise
     finally:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sgpo_lib.recipes import METHODS, from_parameters
-from sgpo_lib.runs import CLOCK_PREFIXES, Run, load_run
+from sgpo_lib.runs import CLOCK_PREFIXES, Run, Stopped, load_run
 from sgpo_lib.trainer import train
 
 
@@ -262,3 +262,21 @@ def test_a_run_folder_of_another_configuration_is_refused(base, tmp_path):
     train(small(base, "grpo8", steps=1), root=tmp_path, name="mine")
     with pytest.raises(ValueError, match=r"train\.lr: 0\.001 there, 0\.5 here"):
         train(small(base, "grpo8", steps=1, lr=0.5), root=tmp_path, name="mine")
+
+
+def test_a_run_that_is_asked_to_stop_saves_and_continues(base, tmp_path, monkeypatch):
+    """`JOB/STOP` ends the run after its step, with a checkpoint that `save_every` would not have made."""
+    config = small(base, "grpo8", steps=4, save_every=0, eval_every=0)
+    whole = train(config, root=tmp_path / "whole")
+    monkeypatch.setenv("SGPO_JOB", str(tmp_path))
+
+    def ask(row):
+        if row["kind"] == "train" and row["step"] == 2:
+            (tmp_path / "STOP").touch()
+
+    with pytest.raises(Stopped, match="after step 2 of 4"):
+        train(config, root=tmp_path / "broken", on_row=ask)
+    (tmp_path / "STOP").unlink()
+    stopped = load_run(tmp_path / "broken" / config.label)
+    assert stopped.state == "stopped" and [p.name for p in stopped.checkpoints()] == ["step-000002"]
+    assert timeless(train(config, root=tmp_path / "broken").metrics()) == timeless(whole.metrics())
