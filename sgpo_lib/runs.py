@@ -97,7 +97,7 @@ class Stopped(KeyboardInterrupt):
 def stop_requested() -> bool:
     """Whether the job that this process works for was asked to stop: `STOP` in its folder (see launch.py)."""
     job = os.environ.get("SGPO_JOB")  # set by launch.py
-    return bool(job) and (Path(job) / "STOP").exists()
+    return job is not None and (Path(job) / "STOP").exists()
 
 
 class Run:
