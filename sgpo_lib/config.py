@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from sgpo_lib.method_config import MethodConfig
+from sgpo_lib.rollout_config import RolloutConfig
 
 
 @dataclass(frozen=True)
@@ -87,22 +88,6 @@ class DataConfig:
     """Share of the training problems kept for the supervised warm-up (the paper: one third)."""
     data_seed: int = 0
     """Seed of generated problems and of the split. Kept apart from `seed`: all seeds of a run share their problems."""
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """How responses are sampled."""
-
-    engine: str = "transformers"
-    """Sampling engine."""
-    temperature: float = 1.0
-    """Softmax temperature of training rollouts."""
-    top_p: float = 0.95
-    """Nucleus mass of training rollouts."""
-    max_new_tokens: int = 64
-    """Longest response in tokens, the end token included."""
-    rollout_batch: int = 256
-    """Sequences decoded together."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from sgpo_lib.method_config import CHOICES
 
 _NOT_NEGATIVE = ("steps", "alpha_base", "alpha_fixed", "entropy_coefficient", "advantage_eps", "weight_decay",
                  "max_grad_norm", "n_validation", "n_test", "eval_every", "eval_problems", "eval_max_new_tokens",
-                 "save_every", "context", "torch_threads")
+                 "save_every", "context", "torch_threads",
+                 "kv_cache_gb")
 
 
 def validate(config: RunConfig) -> RunConfig:
@@ -22,7 +23,8 @@ def validate(config: RunConfig) -> RunConfig:
     choices = [
         *((f"method.{name}", getattr(m, name), words) for name, words in CHOICES.items()),
         ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
-        ("rollout.engine", r.engine, ("transformers",)),
+        ("rollout.engine", r.engine, ("transformers", "vllm", "server")),
+        ("rollout.sampler_dtype", r.sampler_dtype, ("", "float32", "bfloat16")),
         ("train.layout", t.layout, ("right", "left", "packed")),
         ("train.lr_schedule", t.lr_schedule, ("constant", "linear", "cosine")),
         ("data.bad_strategies", d.bad_strategies, ("", "wrong", "vague", "leaking")),
@@ -78,6 +80,15 @@ def validate(config: RunConfig) -> RunConfig:
         (0 < r.top_p <= 1, "rollout.top_p", r.top_p, "above 0, at most 1"),
         (0 < e.eval_top_p <= 1, "evaluation.eval_top_p", e.eval_top_p, "above 0, at most 1"),
         (r.max_new_tokens >= 1, "rollout.max_new_tokens", r.max_new_tokens, "at least 1"),
+        (bool(r.server) == (r.engine == "server"), "rollout.server", r.server,
+         "an address such as http://node7:8000/v1 with rollout.engine='server', else empty"),
+        (r.engine != "server" or config.model.lora_rank > 0, "model.lora_rank", config.model.lora_rank,
+         "above 0 with rollout.engine='server': it takes adapters; all weights need engine='vllm'"),
+        (r.engine == "transformers" or config.model.lora_dropout == 0, "model.lora_dropout", config.model.lora_dropout,
+         "0 with rollout.engine='vllm' or 'server': vLLM has none"),
+        (0 < r.gpu_memory_share < 1, "rollout.gpu_memory_share", r.gpu_memory_share, "above 0, below 1"),
+        (r.max_gap > 0, "rollout.max_gap", r.max_gap, "above 0 nats; inf for no limit"),
+        (not r.sleep or r.engine == "vllm", "rollout.sleep", r.sleep, "false unless rollout.engine='vllm'"),
         (r.rollout_batch >= 1, "rollout.rollout_batch", r.rollout_batch, "at least 1"),
         (e.eval_k >= 1, "evaluation.eval_k", e.eval_k, "at least 1"),
         (e.test_k >= 1, "evaluation.test_k", e.test_k, "at least 1; data.n_test = 0 for no final evaluation"),

@@ -36,7 +36,7 @@ import filelock
 from sgpo_lib.config import RunConfig, difference, from_yaml, to_yaml
 
 PACKAGE_FOLDER = Path(__file__).resolve().parent
-CLOCK_PREFIXES = ("seconds", "tokens_per_second", "cpu_seconds")
+CLOCK_PREFIXES = ("seconds", "tokens_per_second", "cpu_seconds", "delivery_seconds", "verify_seconds")
 """Metric names that begin so depend on the clock; all others repeat exactly on the same CPU."""
 
 

@@ -31,7 +31,7 @@ from sgpo_lib.prompts import prompt_ids
 from sgpo_lib.records import Problem
 from sgpo_lib.rewards import Verifier
 from sgpo_lib.rollouts.interface import Engine
-from sgpo_lib.rollouts.transformers_engine import TransformersEngine
+from sgpo_lib.rollouts.opening import open_engine
 from sgpo_lib.runs import Run, load_run
 
 Item = TypeVar("Item")
@@ -155,10 +155,11 @@ class Session(OpenModel):
         self.run.forget_after(self.step)
 
 
-def open_model(config: RunConfig, policy: Policy | None = None) -> OpenModel:
+def open_model(config: RunConfig, policy: Policy | None = None, folder: Path | None = None) -> OpenModel:
     """Load problems and policy (with the weights of `init_from`, where it is set), ready to sample and judge.
 
-    A given `policy` takes the place of the one that `config` names.
+    A given `policy` takes the place of the one that `config` names. `folder` is where weights are put for a sampler
+    that has its own copy; without it a temporary one.
 
     The verifier's processes start on first use and end with this process, or with `verifier.close()`.
     Raises ValueError for whatever cannot work: problems, model, weights.
@@ -166,18 +167,20 @@ def open_model(config: RunConfig, policy: Policy | None = None) -> OpenModel:
     if config.train.torch_threads:
         torch.set_num_threads(config.train.torch_threads)
     splits = load(config.data)
+    given = policy is not None and config.rollout.engine == "transformers"
+    source = "" if given else base_source(config.model)
     if policy is None:
-        policy = load_policy(config.model, base_source(config.model), config.seed)
+        policy = load_policy(config.model, source, config.seed)
         if config.train.init_from:
             policy.load(final_weights(config.train.init_from, config))
-    engine = TransformersEngine(policy, config.rollout.rollout_batch)
+    engine = open_engine(config, policy, source, folder)
     return OpenModel(config, policy, engine, Verifier(config.reward), splits)
 
 
 @contextlib.contextmanager
 def open_session(config: RunConfig, run: Run) -> Iterator[Session]:
     """A training session: the model, an optimizer, and the number of steps. Raises what `open_model` raises."""
-    model = open_model(config)
+    model = open_model(config, folder=run.folder / "delivery")
     policy, splits, train = model.policy, model.splits, config.train
     optimizer = torch.optim.AdamW(policy.parameters(), lr=train.lr, betas=(train.adam_beta1, train.adam_beta2),
                                   weight_decay=train.weight_decay, foreach=False)
@@ -186,7 +189,7 @@ def open_session(config: RunConfig, run: Run) -> Iterator[Session]:
     per_epoch = max(1, len(items) // min(train.problems_per_step, len(items)))
     total = math.ceil(train.epochs * per_epoch) if train.epochs else train.steps
     total = 0 if config.method.objective == "none" else total
-    with model.verifier:
+    with model.verifier, contextlib.closing(model.engine):
         guided_side = GuidedSide(policy, config.method.guided_side, config.method.ema_decay)
         yield Session(config, policy, model.engine, model.verifier, splits, run, optimizer, guided_side, total)
 

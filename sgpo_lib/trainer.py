@@ -123,6 +123,7 @@ def sgpo_step(session: Session, step: int) -> dict[str, Any]:
         groups = sample_groups(session.engine, session.policy.tokenizer, problems, config, step)
     with session.phase("verify"):  # line 9
         judge_groups(session.verifier, groups)
+    session.engine.rest()
     with session.phase("score"):  # lines 11 to 15
         works = plan(session, groups)
         several = train_config.updates_per_batch > 1 or 0 < train_config.mini_batch < len(works)
@@ -139,9 +140,15 @@ def sgpo_step(session: Session, step: int) -> dict[str, Any]:
                 sums.update({"grad_norm": session.update(step)})
                 updates += 1
 
-    if step == 1 or step == session.total_steps or step % KEEP_ROLLOUTS_EVERY == 0:
+    row = step_metrics(session, groups, works, sums, updates, step)
+    gap, limit = row["sampler_trainer_gap"], config.rollout.max_gap
+    if step == 1 or step == session.total_steps or step % KEEP_ROLLOUTS_EVERY == 0 or gap > limit:
         session.run.write_rollouts(step, rollout_rows(groups))
-    return step_metrics(session, groups, works, sums, updates, step)
+    if gap > limit:
+        raise RuntimeError(f"step {step}: sampler and trainer log-probabilities differ by {gap:.3g} nats a token in "
+                           f"the mean, more than rollout.max_gap = {limit:g}. The sampler is not this policy: look at "
+                           "its dtype, its model and its --logprobs-mode. The step is not kept; its rollouts are")
+    return row
 
 
 def step_metrics(session: Session, groups: Sequence[RolloutGroup], works: Sequence[ProblemWork],
@@ -167,7 +174,7 @@ def step_metrics(session: Session, groups: Sequence[RolloutGroup], works: Sequen
         "sampler_trainer_gap": per("gap_sum", "measured_token_count"),
         "loss_grpo": sums["loss_grpo"] / updates, "grad_norm": sums["grad_norm"] / updates,
         "lr": session.learning_rate(step), "updates": updates, "tokens": tokens,
-        "tokens_per_second": tokens / session.seconds["sample"],
+        "tokens_per_second": tokens / session.seconds["sample"], **session.engine.report(),
     }
     if guided:
         row |= {

