@@ -155,14 +155,17 @@ class Delivered:
 @torch.no_grad()
 def _content(policy: Policy) -> str:
     """12 hex digits over every bit of the weights that train, computed where they are."""
-    parts = [(int(torch.hash_tensor(p).view(torch.int64)), float(p.sum(dtype=torch.float64))) for p in policy.parameters()]
+    parts = [(int(torch.hash_tensor(p).view(torch.int64)), float(p.sum(dtype=torch.float64)))
+             for p in policy.parameters()]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def _base(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """What is read of each parameter; the output matrix comes under `lm_head`, also where it is the embeddings'."""
     for name, parameter in policy.model.named_parameters():
-        if ".lora_" not in name:
+        if ".lora_" not in name and "lm_head" not in name:
             yield name.replace(".base_layer.", "."), read(parameter)
+    yield "lm_head.weight", read(policy.head()[0])
 
 
 def _adapter(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -28,7 +28,9 @@ Numbers = dict[str, list[float]]
 
 
 def part_of(name: str) -> str:
-    """`layer 12`, or `rest` for embeddings, the final norm and the output matrix."""
+    """`layer 12`, `output` for the output matrix, `rest` for embeddings and the final norm."""
+    if "lm_head" in name:
+        return "output"
     found = re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", name)
     return f"layer {found[1]}" if found else "rest"
 

@@ -94,7 +94,7 @@ class VLLMEngine:
     def load_weights(self, folder: Path) -> None:
         """Replace all weights by those of a Hugging Face folder."""
         self.wake()
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self.llm.collective_rpc("sgpo_reload", args=(str(folder),))
         self.llm.reset_prefix_cache()  # keys and values of the old weights
 
     def receive_weights(self, model: Any) -> None:

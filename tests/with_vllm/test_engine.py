@@ -1,0 +1,199 @@
+"""The engine in this process beside transformers, and weights on their way to it: adapters, whole models, deliveries
+that go wrong."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import RANK
+from rollout_world import QUESTION, SETTINGS, gap, move, open_policy, requests_of
+from safetensors.torch import load_file, save_file
+
+from sgpo_lib.policy import Policy
+from sgpo_lib.rollouts import vllm_engine
+from sgpo_lib.rollouts.delivery import Delivered
+from sgpo_lib.rollouts.interface import SampleRequest
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def policy(source: str) -> Policy:
+    return open_policy(source, RANK)
+
+
+@pytest.fixture
+def delivered(engine: Any, policy: Policy, tmp_path: Path) -> Delivered:
+    """The shared engine for the policy with an adapter. It is not closed: other tests use it."""
+    engine.next_version = getattr(engine, "next_version", 0) + 100
+    found = Delivered(lambda: engine, policy, tmp_path / "delivery", torch.float32)
+    found.version = engine.next_version  # this engine has seen the numbers of earlier tests
+    return found
+
+
+def test_the_engine_samples_the_model(engine, source):
+    """Log-probabilities beside transformers' own, in float32 and untruncated; seeds repeat; ends and cuts are told."""
+    policy = open_policy(source, 0)
+    requests = requests_of(policy, 2, "What is 2 + 3? Answer with a number.", "Name a colour.")
+    settings: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "max_new_tokens": 24}
+    engine.adapter = None
+    samples = engine.sample(requests, **settings)
+    assert [s.token_ids for s in samples] == [s.token_ids for s in engine.sample(requests, **settings)]
+    stops = policy.stop_ids()
+    for drawn in samples:
+        assert drawn.stop == ("end" if drawn.token_ids[-1] in stops else "length")
+        assert len(drawn.logp) == len(drawn.token_ids) <= 24
+    assert gap(policy, requests, samples) < 1e-4
+    assert len({s.token_ids for s in samples}) > 1
+    coldest = engine.sample(requests[:1] * 2, temperature=0.0, top_p=1.0, max_new_tokens=8)
+    assert coldest[0].token_ids == coldest[1].token_ids
+    with pytest.raises(ValueError, match=r"context is 512 tokens\. Lower max_new_tokens"):
+        engine.sample(requests[:1], temperature=1.0, top_p=1.0, max_new_tokens=500)
+    assert engine.sample([], temperature=1.0, top_p=1.0, max_new_tokens=4) == []
+
+
+def test_prompts_that_responses_share_are_computed_once(engine, source):
+    policy = open_policy(source, 0)
+    engine.adapter = None
+    text = "What is 6 x 7? " * 20 + str(torch.initial_seed())
+    requests = requests_of(policy, 4, text, "With a strategy: " + text)
+    samples = engine.sample(requests, **SETTINGS)
+    for group in (samples[:4], samples[4:]):
+        length = len(requests[0].prompt_ids)
+        assert group[0].cached_prompt < 32 and all(s.cached_prompt > length - 64 for s in group[1:])
+
+
+# --- adapters --------------------------------------------------------------------------------------------------
+def test_every_version_of_an_adapter_reaches_the_sampler(delivered, policy):
+    """The sampler's log-probabilities follow the policy's over updates; an unchanged policy is not sent again."""
+    requests = requests_of(policy, 3)
+    first = delivered.version
+    for update in range(3):
+        move(policy, 0.01, update)
+        samples = delivered.sample(requests, **SETTINGS)
+        assert gap(policy, requests, samples) < 1e-4
+        told = delivered.report()
+        assert told["weights_version"] == first + update + 1 and told["weights_verified"] == 1
+        assert told["delivery_bytes"] > 1e6 and told["delivery_seconds"] > 0 and told["verify_seconds"] > 0
+    again = delivered.sample(requests, **SETTINGS)
+    told = delivered.report()
+    assert told["weights_version"] == first + 3 and "delivery_bytes" not in told and told["prompt_cached_share"] > 0.5
+    assert [s.token_ids for s in again] == [s.token_ids for s in samples]
+    assert len(list(delivered.folder.iterdir())) == 1, "former versions are removed"
+
+
+def test_a_gap_this_small_tells_versions_apart(delivered, policy):
+    """The control of the test before: against the policy one update later the same samples are off."""
+    requests = requests_of(policy, 3)
+    samples = delivered.sample(requests, **SETTINGS)
+    move(policy, 0.01, 9)
+    assert gap(policy, requests, samples) > 3e-3
+
+
+def _skipped(engine, folder, version, name):
+    """Nothing is loaded."""
+
+
+def _repeated(engine, folder, version, name):
+    """A number that vLLM knows: it keeps what it has under it."""
+    engine.__class__.load_adapter(engine, folder, engine.adapter.lora_int_id, name)
+
+
+def _doubled(engine, folder, version, name):
+    """B twice as large."""
+    other = folder.parent / "doubled"
+    shutil.copytree(folder, other)
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file({k: v * 2 if "lora_B" in k else v for k, v in tensors.items()}, other / "adapter_model.safetensors")
+    engine.__class__.load_adapter(engine, other, version, name)
+
+
+@pytest.mark.parametrize("fault", [_skipped, _repeated, _doubled])
+def test_a_delivery_that_goes_wrong_stops_before_a_token_is_sampled(delivered, policy, engine, monkeypatch, fault):
+    requests = requests_of(policy, 2)
+    move(policy, 0.01, 20)
+    delivered.sample(requests, **SETTINGS)
+    asked: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "load_adapter", lambda *given: fault(engine, *given))
+        patch.setattr(engine, "sample", lambda *a, **k: asked.append(1))
+        move(policy, 1e-5, 21)  # an update as small as a learning rate of 1e-5 makes
+        with pytest.raises(RuntimeError, match=r"does not hold the policy's weights.*adapter, layer 0 [AB]: sum"):
+            delivered.sample(requests, **SETTINGS)
+    assert not asked
+    move(policy, 1e-5, 22)
+    assert gap(policy, requests, delivered.sample(requests, **SETTINGS)) < 1e-4
+
+
+def test_an_adapter_over_a_base_that_already_holds_it_is_noticed(delivered, policy, engine, source, tmp_path):
+    """Merged and adapted: the update counts twice. The base's own numbers tell."""
+    requests = requests_of(policy, 2)
+    move(policy, 0.01, 30)
+    delivered.sample(requests, **SETTINGS)
+    merged = open_policy(source, RANK)
+    merged.model.load_state_dict(policy.model.state_dict())
+    merged.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    engine.load_weights(tmp_path / "merged")
+    try:
+        move(policy, 0.01, 31)
+        with pytest.raises(RuntimeError, match="base, layer 0: sum"):
+            delivered.sample(requests, **SETTINGS)
+    finally:
+        engine.load_weights(Path(source))
+    move(policy, 0.01, 32)
+    assert gap(policy, requests, delivered.sample(requests, **SETTINGS)) < 1e-4
+
+
+# --- all weights -----------------------------------------------------------------------------------------------
+def test_all_weights_reach_the_sampler_and_a_skipped_reload_is_caught(engine, source, tmp_path, monkeypatch):
+    """From a saved folder, as on a CPU. The prefix cache of the old weights must not answer for the new ones."""
+    policy = open_policy(source, 0)
+    engine.adapter = None
+    delivered = Delivered(lambda: engine, policy, tmp_path / "delivery", torch.float32)
+    requests = requests_of(policy, 3)
+    try:
+        for update in range(2):
+            move(policy, 0.002, 40 + update)
+            samples = delivered.sample(requests, **SETTINGS)
+            assert gap(policy, requests, samples) < 1e-4
+        assert delivered.version == 2
+        move(policy, 1e-6, 42)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "load_weights", lambda folder: None)
+            with pytest.raises(RuntimeError, match="does not hold the policy's weights after delivery 3"):
+                delivered.sample(requests, **SETTINGS)
+        move(policy, 0.01, 43)
+        with monkeypatch.context() as patch:  # vLLM's own method, which forgets the packed copy of the output matrix
+            patch.setattr(engine, "load_weights", lambda folder: engine.llm.collective_rpc(
+                "reload_weights", kwargs={"weights_path": str(folder)}))
+            with pytest.raises(RuntimeError, match=r"1 parts differ .output: sum"):
+                delivered.sample(requests, **SETTINGS)
+    finally:
+        engine.load_weights(Path(source))
+
+
+# --- what cannot work ------------------------------------------------------------------------------------------
+def test_another_version_of_vllm_is_refused(source, monkeypatch):
+    monkeypatch.setattr(vllm_engine, "SUPPORTED", (0, 31))
+    with pytest.raises(ValueError, match=r"got vllm(-cpu)? 0\.32\.\d+.*, expected 0\.31\.x"):
+        vllm_engine.VLLMEngine(source)
+
+
+def test_a_rank_that_no_kernel_takes_is_refused(source):
+    with pytest.raises(ValueError, match="got 600, expected at most 512"):
+        vllm_engine.VLLMEngine(source, lora_rank=600)
+
+
+def test_a_cache_larger_than_the_machine_is_refused(source):
+    with pytest.raises(ValueError, match=r"vLLM cannot start with .*kv_cache_gb"):
+        vllm_engine.VLLMEngine(source, dtype="float32", enforce_eager=True, max_model_len=64,
+                               kv_cache_memory_bytes=2**45)
+
+
+def test_the_question_is_longer_than_a_block():
+    """Else nothing above would show that the cache is dropped with the weights."""
+    assert len(QUESTION.split()) > 32 and SampleRequest((1,), 2**63 - 1).seed < 2**63
