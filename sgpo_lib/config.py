@@ -171,6 +171,9 @@ class EvalConfig:
     transfer: dict[str, Any] = field(default_factory=dict)
     """Fields of `data` in which a second test set differs from the first (`{problem_args: {held_out: family}}`); its
     test problems are evaluated at the end as well. Empty for none."""
+    benchmarks: dict[str, Any] = field(default_factory=dict)
+    """Further test sets for the end, by name: `{math500: {problems: hub:HuggingFaceH4/MATH-500, k: 4}}`. Also `count`
+    (0: all problems) and `problem_args`; `k` is test_k where it is left out."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sgpo_lib.bases import base_source
 from sgpo_lib.batching import TokenBatch
+from sgpo_lib.benchmarks import Benchmark
 from sgpo_lib.config import RunConfig
 from sgpo_lib.evaluation import Evaluation, evaluate
 from sgpo_lib.guided_side import GuidedSide
@@ -80,6 +81,8 @@ class Session(OpenModel):
     """Set while weights change inside a step: what is in memory is then no state to save."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of the current step by phase."""
+    benchmarks: list[Benchmark] = field(default_factory=list)
+    """Further test sets for the end."""
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sgpo_lib.benchmarks import load_benchmarks
 from sgpo_lib.config import RunConfig, override
 from sgpo_lib.objective import DIVERGENCES, ProblemWork, accumulate, autonomous_logp, plan
 from sgpo_lib.problems import load, require_solutions, require_strategies
@@ -214,6 +215,8 @@ def _check(session: Session) -> None:
             row = prompt_ids(tokenizer, problem, guided=False), response_ids(tokenizer, expert_text(problem))
             require_room(problem, row, session.policy.context)
     readable(everything, session.verifier, splits.source)
+    session.benchmarks = load_benchmarks(config, splits, session.verifier)
+    everything += [p for benchmark in session.benchmarks for p in benchmark.problems]
     room = session.policy.context - config.rollout.max_new_tokens
     for problem in everything:
         length = len(prompt_ids(session.policy.tokenizer, problem, guided=guided and problem.strategy is not None))
@@ -280,4 +283,8 @@ def _finish(session: Session, log: OnRow) -> None:
         evaluation = session.evaluate(problems, config.evaluation.test_k, (config.seed, "transfer"))
         evaluation.write(run.folder / "evaluation" / "transfer.jsonl")
         summary["transfer"] = evaluation.summary()
+    for benchmark in session.benchmarks:
+        evaluation = session.evaluate(benchmark.problems, benchmark.k, (config.seed, "benchmark", benchmark.name))
+        evaluation.write(run.folder / "evaluation" / f"benchmark-{benchmark.name}.jsonl")
+        summary.setdefault("benchmarks", {})[benchmark.name] = evaluation.summary() | benchmark.told
     run.finish(summary)
