@@ -26,6 +26,7 @@ from sgpo_lib.config import RunConfig
 from sgpo_lib.evaluation import Evaluation, evaluate
 from sgpo_lib.guided_side import GuidedSide
 from sgpo_lib.losses.token_kl import token_logp_and_entropy
+from sgpo_lib.memory import require_memory
 from sgpo_lib.policy import Policy, load_policy
 from sgpo_lib.problems import Splits, load
 from sgpo_lib.prompts import prompt_ids
@@ -173,6 +174,7 @@ def open_model(config: RunConfig, policy: Policy | None = None, folder: Path | N
     given = policy is not None and config.rollout.engine == "transformers"
     source = "" if given else base_source(config.model)
     if policy is None:
+        require_memory(config, source)
         policy = load_policy(config.model, source, config.seed)
         if config.train.init_from:
             policy.load(final_weights(config.train.init_from, config))
