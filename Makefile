@@ -83,7 +83,7 @@ test-browser: venv-browser  ## Run the tests in a real browser (Chromium or Chro
 	@touch $@
 
 test-vllm: .venv-vllm/.stamp  ## Run the tests with a real vLLM on this CPU (an environment of its own)
-	@VLLM_CPU_KVCACHE_SPACE=2 .venv-vllm/bin/python -m pytest -m vllm
+	@.venv-vllm/bin/python -m pytest -m vllm
 
 strategies: venv  ## Measure the leak check and the scorers on the shipped collection: reports/strategy_extraction
 	@$(BIN)/python tools/strategy_report.py $(foreach engine,$(SCORER),--scorer $(engine))

@@ -2,9 +2,12 @@
 
     JOB/parameters.yaml  what the notebook was given
     JOB/log.txt          the lines it printed, as they came
-    JOB/notebook.ipynb   the executed copy
+    JOB/notebook.ipynb   the executed copy, replaced as a whole while it runs
     JOB/report.html      the same as a page (plotly.min.js beside it), opens offline
+    JOB/token_kl.html    the KL microscope, where the notebook wrote one
     JOB/runs.txt         run folders that the notebook opened, one a line
+    JOB/STOP             it was asked to stop (removed when it starts again)
+    JOB/queue.json       where it waits or runs on a cluster; JOB/attempts.json: how often it was started there
     JOB/DONE | FAILED.json   written last
 
 A job is up to date when `DONE` holds the same key: parameters, notebook source, source of `sgpo_lib`, and the `DONE`
@@ -20,7 +23,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,12 @@ import yaml
 
 from sgpo_lib.config import RunConfig, field_index, override, unknown
 from sgpo_lib.recipes import METHODS, PROFILES
+from sgpo_lib.redaction import refuse_secrets
 from sgpo_lib.runs import PACKAGE_FOLDER, is_locked, runs_root
 
-STATES = ("done", "failed", "running", "stopped", "blocked", "waiting")
-"""How a job stands. `stopped`: it began and has neither DONE nor FAILED.json; `blocked`: what it needs failed."""
+STATES = ("done", "failed", "running", "queued", "stopped", "blocked", "waiting")
+"""How a job stands. `queued`: a cluster has it; `stopped`: it began and has neither DONE nor FAILED.json; `blocked`:
+what it needs failed."""
 
 PATH_FIELDS = ("problems", "strategies", "source", "init_from", "run")
 """Parameters that may name a file or folder."""
@@ -54,7 +59,11 @@ class JobResult:
     seconds: float = 0.0
     """Wall time of the execution; 0 while unknown."""
     reason: str = ""
-    """Why it failed or is blocked; empty otherwise."""
+    """Why it failed or is blocked, or what a cluster says of a queued job; empty otherwise."""
+    attempt: int = 1
+    """How often it was started (attempts.json)."""
+    host: str = ""
+    """Where it runs or ran; empty while unknown."""
     fresh: bool = True
     """False where nothing ran because the job was up to date."""
 
@@ -72,7 +81,12 @@ class _Loader(yaml.SafeLoader):
             seen.add(key if isinstance(key, str | int | float) else id(key_node))
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
+        """12:00:00 stays a string; YAML 1.1 reads it as 43200, in base 60."""
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
 
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
                               list("-+.0123456789"))
 
@@ -153,9 +167,10 @@ def place_parameters(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
     A name of the parameters cell is passed on. The name of a config field (`lr` or `train.lr`) that the cell lacks
     goes into the notebook's `overrides`, where it has that parameter. Anything else, a value of another type than
-    the default's (None accepts all, a whole number is a float too), or an unknown profile or method raises
+    the default's (None accepts all, a whole number is a float too), an unknown profile or method, or a secret raises
     ValueError.
     """
+    refuse_secrets(given, path.name)
     defaults = notebook_parameters(path)
     placed: dict[str, Any] = {}
     overrides: dict[str, Any] = {}
@@ -235,14 +250,26 @@ def read_job(folder: Path) -> JobResult:
         state = "done"
     elif is_locked(folder):
         state = "running"
+    elif queue := ({} if failed else _record(folder / "queue.json")):
+        state = "queued"
     else:
         state = "failed" if failed else "stopped" if (folder / "parameters.yaml").exists() else "waiting"
-    told = _record(folder / "parameters.yaml")
-    where = f"cell {failed['cell']}: " if failed.get("cell") else ""
-    reason = f"{where}{failed.get('error')}: {failed.get('message')}" if state == "failed" else ""
+    told, attempts = _record(folder / "parameters.yaml"), _json(folder / "attempts.json")
     record = done or (failed if state == "failed" else {})
+    reason = ""
+    if state == "failed":
+        where = f"cell {failed['cell']}: " if failed.get("cell") else ""
+        reason = ". ".join(filter(None, [f"{where}{failed.get('error')}: {failed.get('message')}", failed.get("cure")]))
+    elif state == "queued":
+        reason = f"{queue.get('engine', '')} {queue.get('id', '')}: {queue.get('note', '')}".strip(" :")
+    host = record.get("host") or (owner_host(folder) if state == "running" else "")
     return JobResult(folder.name, folder, state, told.get("notebook", ""), told.get("parameters", {}),
-                     float(record.get("seconds", 0.0)), reason)
+                     float(record.get("seconds", 0.0)), reason, attempt=max(1, len(attempts or [])), host=host)
+
+
+def owner_host(folder: Path) -> str:
+    """The machine of the process that holds a folder; empty where none does."""
+    return _text(folder / ".owner").strip().rpartition(" on ")[2]
 
 
 def read_batch(folder: Path) -> list[JobResult]:
@@ -260,10 +287,15 @@ def read_batch(folder: Path) -> list[JobResult]:
         job = read_job(folder / row["name"])
         if job.state in ("waiting", "stopped", "failed") and row.get("blocked"):
             job = JobResult(job.name, job.folder, "blocked", row["notebook"], row["parameters"], 0.0, row["blocked"])
-        if job.state == "waiting":
-            job = JobResult(job.name, job.folder, "waiting", row["notebook"], row["parameters"])
+        if job.state in ("waiting", "queued"):  # it may not have started yet, with parameters of its own
+            job = replace(job, notebook=row["notebook"], parameters=row["parameters"])
         results.append(job)
     return results
+
+
+def batch_folders() -> list[Path]:
+    """Folders of batches, the newest last."""
+    return [p.parent for p in sorted(jobs_root().glob("*/batch.json"), key=lambda p: p.stat().st_mtime)]
 
 
 def job_runs(jobs: Iterable[JobResult]) -> list[Path]:
@@ -289,13 +321,20 @@ def jobs_root() -> Path:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
+
+
+def _json(path: Path) -> Any:
+    text = _text(path)
+    try:
+        return read_yaml(text) if path.suffix == ".yaml" else json.loads(text or "null")
+    except ValueError:  # cut short by a full disk: counts as absent
+        return None
 
 
 def _record(path: Path) -> dict[str, Any]:
-    text = _text(path)
-    try:
-        record = read_yaml(text) if path.suffix == ".yaml" else json.loads(text or "{}")
-    except ValueError:  # cut short by a full disk: counts as absent
-        return {}
+    record = _json(path)
     return record if isinstance(record, dict) else {}

@@ -1,8 +1,9 @@
 """Executes a notebook headless with Papermill, in a job folder (see jobs.py).
 
 The kernel is the interpreter that runs this code, whatever kernelspec `python3` resolves to on the search path, and
-its working directory is the notebook's folder, as in JupyterLab. Printed lines reach log.txt as they come. Papermill
-and Jupyter are imported when a notebook is executed, not before.
+its working directory is the notebook's folder, as in JupyterLab. Printed lines reach log.txt as they come. What is
+done about a job that is asked to stop, takes too long or dies is in execution.py and endings.py. Papermill and Jupyter
+are imported when a notebook is executed, not before.
 """
 
 from __future__ import annotations
@@ -11,33 +12,43 @@ import contextlib
 import json
 import os
 import re
-import sys
+import signal
+import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
 
+from sgpo_lib import endings
 from sgpo_lib.jobs import JobResult, find_notebook, job_key, place_parameters, read_job, up_to_date
-from sgpo_lib.pages import PLOTLY_TAG, notebook_html, put_plotly
+from sgpo_lib.pages import KL_PAGE, PLOTLY_TAG, notebook_html, put_plotly
+from sgpo_lib.redaction import Redactor
 from sgpo_lib.runs import locked, write_atomic
+
+if TYPE_CHECKING:
+    from sgpo_lib.execution import Control
 
 KERNEL_START_S = 180
 """Seconds until a kernel that does not answer is given up (a busy machine takes its time)."""
 IOPUB_S = 120
 """Seconds to wait for a finished cell's last output; nbclient's 4 fail cells on a busy machine."""
+AUTOSAVE_S = 20
+"""Seconds between saves of the executed copy while a cell prints."""
+GRACE_S, TERM_GRACE_S = 120.0, 10.0
+"""Seconds from SIGUSR1 to the kernel's interrupt, and at most from SIGTERM, which is followed by SIGKILL elsewhere."""
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class LogWriter:
     """A text file to which the notebook's output goes line by line, flushed at once, and optionally a terminal.
 
-    A line that a progress bar rewrites with carriage returns is kept in its last form.
+    A line that a progress bar rewrites with carriage returns is kept in its last form; secrets are replaced.
     """
 
-    def __init__(self, file: TextIO, echo: TextIO | None, prefix: str):
-        self._file, self._echo, self._prefix, self._open = file, echo, prefix, ""
+    def __init__(self, file: TextIO, echo: TextIO | None, prefix: str, redact: Callable[[str], str]):
+        self._file, self._echo, self._prefix, self._redact, self._open = file, echo, prefix, redact, ""
 
     def write(self, text: str) -> int:
         """Take text; complete lines are written."""
@@ -56,7 +67,7 @@ class LogWriter:
             self._open = ""
 
     def _line(self, line: str) -> None:
-        shown = _ANSI.sub("", line.rstrip("\r").rpartition("\r")[2])
+        shown = self._redact(_ANSI.sub("", line.rstrip("\r").rpartition("\r")[2]))
         self._file.write(shown + "\n")
         self._file.flush()
         if self._echo:
@@ -65,13 +76,19 @@ class LogWriter:
 
 
 def run_notebook(notebook: str | Path, parameters: Mapping[str, Any], job: Path, *, after: Sequence[Path] = (),
-                 echo: TextIO | None = None, force: bool = False) -> JobResult:
+                 echo: TextIO | None = None, force: bool = False, time_limit: float | None = None,
+                 grace: float | None = None) -> JobResult:
     """Execute a notebook with parameters into a job folder, unless it is up to date there.
 
     `after`: job folders whose results this one builds on. `echo`: stream that also gets the printed lines.
-    Raises ValueError before any work for a notebook or parameter that does not exist; RuntimeError when another
-    process works in the folder. An error inside the notebook, or a kernel that dies, is recorded in FAILED.json and
-    returned as state `failed`. After an interrupt neither DONE nor FAILED.json exists.
+    `time_limit`: seconds of the whole execution. Raises ValueError before any work for a notebook or parameter that
+    does not exist; RuntimeError when another process works in the folder. An error inside the notebook, a kernel that
+    dies or the time limit is recorded in FAILED.json and returned as state `failed`.
+
+    SIGUSR1 and SIGTERM (in the main thread) ask it to stop: after a training step, or at an interrupt of the kernel
+    `grace` seconds later (default GRACE_S; SIGTERM at most TERM_GRACE_S). It is then `stopped`: neither DONE nor
+    FAILED.json is there, and the same call continues. Ctrl-C interrupts the kernel at once, and KeyboardInterrupt is
+    raised when it has ended.
     """
     path, job = find_notebook(notebook), job.resolve()
     placed = place_parameters(path, parameters)
@@ -80,51 +97,106 @@ def run_notebook(notebook: str | Path, parameters: Mapping[str, Any], job: Path,
         result = read_job(job)
         return JobResult(**{**vars(result), "fresh": False})
     with locked(job):
-        for old in ("DONE", "FAILED.json", "runs.txt"):
+        for old in ("DONE", "FAILED.json", "runs.txt", "STOP", KL_PAGE):
             (job / old).unlink(missing_ok=True)
         write_atomic(job / "parameters.yaml", yaml.safe_dump(
             {"notebook": path.name, "path": str(path), "parameters": placed}, sort_keys=False, allow_unicode=True))
-        start = time.time()
-        with (job / "log.txt").open("w", encoding="utf-8") as file:
-            log = LogWriter(file, echo, f"{job.name}: ")
-            failure = _execute(path, placed, job, log)
-            if failure:
-                log.write(f"\nFAILED {failure['error']}: {failure['message']}\n")
-            log.close()
-        ended = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(time.time() - start, 1), "key": key}
-        page = notebook_html(job / "notebook.ipynb")
-        if PLOTLY_TAG in page:
-            put_plotly(job, link=True)
-        write_atomic(job / "report.html", page)
-        write_atomic(job / ("FAILED.json" if failure else "DONE"), json.dumps({**(failure or {}), **ended}, indent=1))
+        from sgpo_lib.execution import Control
+
+        start, redact, control = time.time(), Redactor(), Control(job, time_limit)
+        with _signals(control, GRACE_S if grace is None else grace):
+            with (job / "log.txt").open("w", encoding="utf-8") as file:
+                log, raw = (LogWriter(file, echo, f"{job.name}: ", redact) for _ in range(2))
+                failure = _execute(path, placed, control, log, raw, redact)
+                ended = not control.finished and not failure
+                if failure:
+                    log.write(f"\nFAILED {failure['error']}: {failure['message']}\n{failure.get('cure', '')}\n")
+                elif ended:
+                    log.write(f"\nstopped ({control.why or 'STOP'}). The same command continues\n")
+                raw.close()
+                log.close()
+            page = notebook_html(job / "notebook.ipynb")
+            if PLOTLY_TAG in page:
+                put_plotly(job, link=True)
+            write_atomic(job / "report.html", page)
+            told = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(time.time() - start, 1),
+                    "host": socket.gethostname(), "key": key}
+            if not ended:
+                record = json.dumps(redact.nested({**(failure or {}), **told}), indent=1)
+                write_atomic(job / ("FAILED.json" if failure else "DONE"), record)
+    if ended and control.why == "interrupt":
+        raise KeyboardInterrupt
     return read_job(job)
 
 
-def _execute(path: Path, placed: dict[str, Any], job: Path, log: LogWriter) -> dict[str, Any] | None:
-    """Run Papermill; the executed notebook becomes job/notebook.ipynb. Returns what FAILED.json is to tell, or None."""
+def _execute(path: Path, placed: dict[str, Any], control: Control, log: LogWriter, raw: LogWriter,
+             redact: Redactor) -> dict[str, Any] | None:
+    """Run Papermill. Returns what FAILED.json is to tell; None where it finished or was stopped."""
     import papermill
 
-    partial = job / ".notebook.partial.ipynb"
+    from sgpo_lib.execution import ENGINE
+
+    executed, kills = control.job / "notebook.ipynb", endings.oom_kills()
+    executed.unlink(missing_ok=True)
     failure: dict[str, Any] | None = None
     try:
-        with _environ(PLOTLY_RENDERER="plotly_mimetype", SGPO_JOB=str(job)):
+        with control, _environ(PLOTLY_RENDERER="plotly_mimetype", SGPO_JOB=str(control.job)):
             papermill.execute_notebook(
-                _literal(path), _literal(partial), parameters=placed, kernel_name="python3", language="python",
+                _literal(path), None, parameters=placed, engine_name=ENGINE, kernel_name="python3", language="python",
                 cwd=str(path.parent), progress_bar=False, start_timeout=KERNEL_START_S, iopub_timeout=IOPUB_S,
-                stdout_file=log, stderr_file=log, kernel_manager_class=_this_python(), autosave_cell_every=20)
+                stdout_file=log, stderr_file=log, kernel_manager_class=_this_python(), autosave_cell_every=AUTOSAVE_S,
+                control=control, redact=redact, raw=raw)
     except papermill.PapermillExecutionError as error:
-        failure = {"cell": _code_cell(partial), "error": error.ename, "message": _ANSI.sub("", error.evalue),
+        failure = {**endings.of_cell(error.ename, _ANSI.sub("", error.evalue)),
                    "traceback": _ANSI.sub("", "\n".join(error.traceback))[-8000:]}
+        if not control.finished:
+            _mark_error(executed, error)
     except Exception as error:  # a remote engine enters here: kernel that dies, does not start, loses its sockets
-        failure = {"cell": _code_cell(partial), "error": type(error).__name__,
-                   "message": "the kernel process ended while the cell ran (out of memory, a crash in compiled code, "
-                              "or killed)" if type(error).__name__ == "DeadKernelError" else str(error)}
-    if partial.exists():
-        partial.replace(job / "notebook.ipynb")
-        _trust(job / "notebook.ipynb")
-    else:
-        (job / "notebook.ipynb").write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-    return failure
+        failure = {"error": type(error).__name__, "message": str(error)}
+        if failure["error"] == "DeadKernelError" or failure["message"].startswith("Kernel died"):
+            status = control.kernel.poll() if control.kernel else None
+            failure = endings.of_kernel(status, endings.oom_kills() > kills)
+    if not executed.exists():
+        executed.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    _trust(executed)
+    if control.finished:
+        return None  # an error that a cell tagged `raises-exception` shows on purpose
+    if control.why == "time limit":
+        failure = {**endings.of_time_limit(control.time_limit or 0.0), **{k: v for k, v in (failure or {}).items()
+                                                                         if k in ("traceback", "kernel_status")}}
+    elif control.interrupted or (failure and failure["error"] == "Stopped") or (
+            control.why and (not failure or failure["error"] == "DeadKernelError")):
+        return None  # it ended because it was asked to
+    if not failure:  # SystemExit is the only error that Papermill passes over
+        failure = endings.of_sentinel() if control.answered else endings.of_cell("SystemExit", "")
+    return {"cell": _code_cell(executed), **failure}
+
+
+def _mark_error(executed: Path, error: Any) -> None:
+    """Papermill's note at the top of a failed notebook, with a link to the cell."""
+    import nbformat
+    from papermill.execute import ERROR_ANCHOR_MSG, ERROR_MARKER_TAG, ERROR_MESSAGE_TEMPLATE
+
+    nb = nbformat.read(executed, as_version=4)
+    for index, text in ((error.cell_index, ERROR_ANCHOR_MSG), (0, ERROR_MESSAGE_TEMPLATE % error.exec_count)):
+        nb.cells.insert(index, nbformat.v4.new_markdown_cell(text, metadata={"tags": [ERROR_MARKER_TAG]}))
+    write_atomic(executed, nbformat.writes(nb))
+
+
+@contextlib.contextmanager
+def _signals(control: Control, grace: float) -> Iterator[None]:
+    """SIGUSR1, SIGTERM and Ctrl-C speak to `control` while a notebook is executed (in the main thread)."""
+    wanted = {signal.SIGUSR1: ("stop", grace), signal.SIGTERM: ("stop", min(grace, TERM_GRACE_S)),
+              signal.SIGINT: ("interrupt", 0.0)}
+    before = {}
+    with contextlib.suppress(ValueError):  # not in the main thread: whoever runs it there handles signals
+        for number in wanted:
+            before[number] = signal.signal(number, lambda got, _: control.end(*wanted[signal.Signals(got)]))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _trust(executed: Path) -> None:
@@ -179,8 +251,3 @@ def _environ(**changes: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def terminal() -> TextIO:
-    """Standard output, for `echo`."""
-    return sys.stdout

@@ -21,6 +21,11 @@ from typing import Any
 
 PLOTLY_TAG = '<script src="plotly.min.js" charset="utf-8"></script>'
 """How a page asks for plotly.js; replace it to point elsewhere."""
+KL_PAGE = "token_kl.html"
+"""The KL microscope of a job, beside its page, where the notebook wrote one (kl_page.py)."""
+KL_LINK = (f'<p class="sgpo-kl"><a href="{KL_PAGE}">KL of every token, interactive</a>: what the strategy changes in '
+           "the last responses of this run. It opens offline.</p>")
+"""How a page leads to it; replace the name to point elsewhere."""
 _MIME = "application/vnd.plotly.v1+json"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
 FIGURE_SCRIPT = """<script>
@@ -47,6 +52,8 @@ body.jp-Notebook { max-width: 1000px; margin: 0 auto; padding: 24px 16px 64px; }
 .jp-OutputArea-output pre { white-space: pre-wrap; }
 .sgpo-math { vertical-align: middle; } .sgpo-math path, .sgpo-math use, .sgpo-math rect { fill: currentColor; }
 .sgpo-display { display: block; margin: 0.8em auto; }
+.sgpo-kl { font: 15px system-ui, sans-serif; margin: 0 0 1em; padding: 0.6em 1em;
+  border: 1px solid #8886; border-radius: 6px; }
 </style>"""
 
 
@@ -74,7 +81,8 @@ def figure_html(figure: dict[str, Any] | str) -> str:
 
 
 def notebook_html(path: Path) -> str:
-    """An executed notebook as one HTML page. It holds PLOTLY_TAG where there are figures."""
+    """An executed notebook as one HTML page. It holds PLOTLY_TAG where there are figures, and KL_LINK on top where a
+    KL page lies beside the notebook."""
     import nbconvert
     import nbformat
 
@@ -98,6 +106,8 @@ def notebook_html(path: Path) -> str:
     page = re.sub(r'<script type="module">(?:(?!</script>).)*?mermaid.*?</script>', "", page, flags=re.S)
     scripts = PLOTLY_TAG if figures else ""
     page = page.replace("</head>", f"{_STYLE}{scripts}</head>", 1)
+    if (path.parent / KL_PAGE).exists():
+        page = re.sub(r"<main>|<body[^>]*>(?!.*<main>)", lambda match: match[0] + KL_LINK, page, count=1, flags=re.S)
     return page.replace("</body>", f"{FIGURE_SCRIPT}</body>", 1) if figures else page
 
 

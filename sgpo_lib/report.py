@@ -1,7 +1,7 @@
 """The report of a batch: one self-contained folder that opens from disk, offline.
 
     OUT/index.html           results, figures, how each job ended
-    OUT/notebooks/JOB.html   executed notebooks as pages
+    OUT/notebooks/JOB.html   executed notebooks as pages, JOB-token_kl.html beside those that have a KL page
     OUT/plotly.min.js        draws the figures of all pages
     OUT/results.csv          the table as numbers
 """
@@ -23,7 +23,7 @@ import plotly.graph_objects as go
 from sgpo_lib import comparison, figures
 from sgpo_lib.frames import comparable, runs_frame, summaries_frame
 from sgpo_lib.jobs import JobResult
-from sgpo_lib.pages import FIGURE_SCRIPT, PLOTLY_TAG, figure_html, put_plotly
+from sgpo_lib.pages import FIGURE_SCRIPT, KL_LINK, KL_PAGE, PLOTLY_TAG, figure_html, put_plotly
 from sgpo_lib.runs import Run, environment, write_atomic
 
 _STYLE = """
@@ -50,7 +50,7 @@ tr:last-child td { border-bottom: 0; }
 th.number { white-space: normal; }
 .name { white-space: nowrap; }
 .done { color: var(--good); } .failed, .blocked { color: var(--bad); }
-.running, .stopped, .waiting { color: var(--warn); }
+.running, .queued, .stopped, .waiting { color: var(--warn); }
 .facts { display: flex; flex-wrap: wrap; gap: 6px 28px; margin: 18px 0 0; padding: 0; list-style: none;
   font-size: 14px; }
 .facts b { display: block; font-size: 19px; font-weight: 600; }
@@ -92,13 +92,17 @@ def write_report(title: str, jobs: Sequence[JobResult], runs: Sequence[Run], out
 
 
 def _copy_page(job: JobResult, folder: Path) -> bool:
-    """Copy a job's page, pointed at the report's plotly.js. False where the job has none."""
-    source = job.folder / "report.html"
+    """Copy a job's page, pointed at the report's plotly.js and its own KL page. False where the job has none."""
+    source, kl_name = job.folder / "report.html", f"{job.name}-{KL_PAGE}"
+    (folder / kl_name).unlink(missing_ok=True)
     if not source.exists():
         (folder / f"{job.name}.html").unlink(missing_ok=True)
         return False
-    above = PLOTLY_TAG.replace("plotly.min.js", "../plotly.min.js")
-    write_atomic(folder / f"{job.name}.html", source.read_text(encoding="utf-8").replace(PLOTLY_TAG, above))
+    page = source.read_text(encoding="utf-8").replace(PLOTLY_TAG, PLOTLY_TAG.replace("plotly", "../plotly", 1))
+    if (job.folder / KL_PAGE).exists():
+        shutil.copyfile(job.folder / KL_PAGE, folder / kl_name)
+        page = page.replace(KL_LINK, KL_LINK.replace(KL_PAGE, kl_name))
+    write_atomic(folder / f"{job.name}.html", page)
     if (job.folder / "notebook.ipynb").exists():
         shutil.copyfile(job.folder / "notebook.ipynb", folder / f"{job.name}.ipynb")
     return True

@@ -114,6 +114,12 @@ def test_05_06_07_run_evaluate_compare(tmp_path, monkeypatch):
         text = execute(tmp_path, "06_full_run", profile="tiny", method=method, steps=2, warmup_steps=2,
                        overrides=SHORT)
         assert "accuracy" in text and "RL starts from tiny-sft-s0-" in text
+        assert "problems" in text and "fingerprint" in text and "Strategy:" in text and "sampler_trainer_gap" in text
+        job = max(tmp_path.glob("06_full_run-*"), key=lambda p: p.stat().st_mtime)
+        page = (job / "token_kl.html").read_text(encoding="utf-8")
+        assert ("reachable target" in page or method != "sgpo") and len(page) < 4_000_000
+        assert 'href="token_kl.html"' in (job / "report.html").read_text(encoding="utf-8")
+        assert "Token KL of" in text
     warmup = from_parameters("tiny", "sft", 0, steps=2, **SHORT).label
     trained = from_parameters("tiny", "sgpo", 0, steps=2, init_from=warmup, **SHORT).label
     assert load_run(trained).done
@@ -123,13 +129,24 @@ def test_05_06_07_run_evaluate_compare(tmp_path, monkeypatch):
     assert "grpo8" in text and "pairs" in text and text.count("PLOT") >= 4
 
 
+def test_06_is_short():
+    cells = [c for c in nbformat.read(NOTEBOOKS / "06_full_run.ipynb", as_version=4).cells if c.cell_type == "code"]
+    assert len(cells) <= 10 and max(len(c.source.splitlines()) for c in cells) <= 15
+
+
 def test_06_with_several_seeds_leaves_a_run_of_each(tmp_path):
     few = {**SHORT, "g1": 2, "g2": 2, "problems_per_step": 2, "max_new_tokens": 8, "eval_every": 0}
     text = execute(tmp_path, "06_full_run", profile="tiny", steps=1, seeds=[0, 1], overrides=few)
     labels = [from_parameters("tiny", "sgpo", seed, steps=1, **few).label for seed in (0, 1)]
     assert all(load_run(label).done and load_run(label).config.seed == s for s, label in enumerate(labels))
     assert all(label in text for label in labels) and "RL starts from the base model" in text
-    assert text.count("PLOT") == 2
+    assert text.count("PLOT") == 3
+
+
+def test_06_of_a_supervised_method_says_what_it_has_not(tmp_path):
+    text = execute(tmp_path, "06_full_run", profile="tiny", method="sft", steps=2, overrides={**SHORT, "eval_every": 0})
+    assert "supervised runs sample none" in text and "no step sampled anything" in text
+    assert not list(tmp_path.glob("*/token_kl.html"))
 
 
 @NEEDS_SMOLLM2
