@@ -196,7 +196,10 @@ def place_parameters(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_here(name: str, value: Any) -> Any:
-    """A file or folder named relative to where the command runs, made absolute: a notebook runs in its own folder."""
+    """A file or folder named relative to where the command runs, made absolute: a notebook runs in its own folder.
+    Also inside a mapping, such as `benchmarks`."""
+    if isinstance(value, dict):
+        return {key: _from_here(str(key), inner) for key, inner in value.items()}
     is_path = name.rpartition(".")[2] in PATH_FIELDS and isinstance(value, str) and value and Path(value).exists()
     return str(Path(value).resolve()) if is_path else value
 

@@ -34,6 +34,7 @@ from typing import Any
 import filelock
 
 from sgpo_lib.config import RunConfig, difference, from_yaml, to_yaml
+from sgpo_lib.redaction import Redactor
 
 PACKAGE_FOLDER = Path(__file__).resolve().parent
 CLOCK_PREFIXES = ("seconds", "tokens_per_second", "cpu_seconds", "delivery_seconds", "verify_seconds")
@@ -135,10 +136,10 @@ class Run:
         write_atomic(self.folder / "DONE", time.strftime("%Y-%m-%dT%H:%M:%S%z\n"))
 
     def fail(self, error: BaseException) -> None:
-        """Record why the run stopped."""
+        """Record why the run stopped, without the environment's secrets."""
         record = {"error": type(error).__name__, "message": str(error), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                   "traceback": "".join(traceback.format_exception(error))[-8000:]}
-        write_atomic(self.folder / "FAILED.json", json.dumps(record, indent=1))
+        write_atomic(self.folder / "FAILED.json", json.dumps(Redactor().nested(record), indent=1))
 
     def same_problems(self, fingerprint: str) -> None:
         """Record the fingerprint of the run's problems, or check it. Raises ValueError where they have changed."""
@@ -294,5 +295,5 @@ def environment() -> dict[str, Any]:
     with contextlib.suppress(OSError):  # a machine without git
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PACKAGE_FOLDER, capture_output=True, text=True,
                                 check=False).stdout.strip()
-    return {"python": sys.version.split()[0], "platform": platform.platform(), "cpus": os.cpu_count(),
+    return {"host": socket.gethostname(), "python": sys.version.split()[0], "platform": platform.platform(), "cpus": os.cpu_count(),
             "packages": versions, "commit": commit}

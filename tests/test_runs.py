@@ -369,3 +369,11 @@ def test_done_is_written_last(run, monkeypatch):
     monkeypatch.setattr(runs, "write_atomic", lambda path, text: (written.append(path.name), real(path, text)))
     run.finish({})
     assert written[-2:] == ["summary.json", "DONE"]
+
+
+def test_a_failure_is_recorded_without_the_secrets_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKER_API_KEY", "canary-5f0c2d")
+    run = open_run(RunConfig(), tmp_path)
+    run.fail(RuntimeError("refused for canary-5f0c2d"))
+    text = (run.folder / "FAILED.json").read_text()
+    assert "canary" not in text and "«TRACKER_API_KEY»" in json.loads(text)["message"]
