@@ -20,8 +20,8 @@ from torch import Tensor
 
 COLUMNS = 64
 """Input columns that are read of a base matrix, evenly spaced."""
-TOLERANCE = 1e-11
-"""Allowed difference of two sums, relative to count x root mean square: float64 rounding is some 1e-14."""
+TOLERANCE = 1e-13
+"""Allowed difference of two sums, relative to count x root mean square: float64 rounding is some 1e-15."""
 
 Numbers = dict[str, list[float]]
 """Part of the model -> [values that are not 0, sum, sum of squares]."""
