@@ -12,8 +12,10 @@ import torch
 from conftest import RANK
 from rollout_world import QUESTION, SETTINGS, gap, move, open_policy, requests_of
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sgpo_lib.policy import Policy
+from sgpo_lib.config import ModelConfig
+from sgpo_lib.policy import Policy, load_policy
 from sgpo_lib.rollouts import vllm_engine
 from sgpo_lib.rollouts.delivery import Delivered
 from sgpo_lib.rollouts.interface import SampleRequest
@@ -197,3 +199,30 @@ def test_a_cache_larger_than_the_machine_is_refused(source):
 def test_the_question_is_longer_than_a_block():
     """Else nothing above would show that the cache is dropped with the weights."""
     assert len(QUESTION.split()) > 32 and SampleRequest((1,), 2**63 - 1).seed < 2**63
+
+
+# --- another architecture --------------------------------------------------------------------------------------
+def test_a_model_with_biases_an_output_matrix_of_its_own_and_an_odd_scale(source, tmp_path):
+    """Qwen2's shape in bfloat16, an adapter with scale 32 / 12: the numbers of both sides are the same to the bit."""
+    shape = AutoConfig.for_model(
+        "qwen2", hidden_size=256, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=49152, max_position_embeddings=256, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path / "qwen2")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "qwen2")
+    config = ModelConfig(source=str(tmp_path / "qwen2"), lora_rank=12, dtype="bfloat16")
+    policy = load_policy(config, config.source, seed=0)
+    other = vllm_engine.VLLMEngine(config.source, lora_rank=12, dtype="bfloat16", enforce_eager=True, max_model_len=256,
+                                   max_num_seqs=4, kv_cache_memory_bytes=2**27)
+    delivered = Delivered(lambda: other, policy, tmp_path / "delivery", torch.bfloat16)
+    try:
+        for update in range(2):
+            move(policy, 0.02, 50 + update)
+            samples = delivered.sample(requests_of(policy, 2), **SETTINGS)
+            assert gap(policy, requests_of(policy, 2), samples) < 0.05, "what bfloat16 leaves"
+        assert delivered.report()["weights_verified"] == 1
+    finally:
+        delivered.close()
