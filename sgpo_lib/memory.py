@@ -4,8 +4,8 @@ Bytes, from the shapes of the model alone (no weights are read):
 
     weights      P x b                       P parameters of b bytes
     training     all weights: P x b for gradients, 2 P x b for AdamW's moments
-                 LoRA: A x b x 4             A parameters of the adapter
-    sampler      P x s + context x c         a copy in vLLM's dtype, and the cache of one sequence
+                 LoRA: 4 A x 4 bytes         A parameters of the adapter, in float32 whatever the base is
+    sampler      P x s + context x c         a copy in vLLM's dtype, and the cache of one sequence or kv_cache_gb
     cache        c = 2 x layers x key-value heads x head size x s bytes a token
 
 Activations, logits and what libraries take for themselves come on top: fitting here does not mean that a run fits.
@@ -34,7 +34,7 @@ class Need:
     training: int
     """Gradients and optimizer."""
     sampler: int
-    """vLLM's copy and one sequence's cache; 0 where the policy samples itself or a server does."""
+    """vLLM's copy and its cache, of `kv_cache_gb` or for one sequence; 0 where the policy samples itself or a server does."""
 
     @property
     def policy(self) -> int:
@@ -56,15 +56,18 @@ def least(config: RunConfig, source: str) -> Need:
         empty: Any = AutoModelForCausalLM.from_config(shape, trust_remote_code=model.trust_remote_code)
     count, width = sum(p.numel() for p in empty.parameters()), _BYTES[model.dtype]
     if model.lora_rank:
-        linear = [m.weight for n, m in empty.named_modules() if isinstance(m, torch.nn.Linear) and "head" not in n]
-        training = 4 * width * model.lora_rank * sum(sum(weight.shape) for weight in linear)
+        names = model.lora_targets.split(",")
+        linear = [m.weight for n, m in empty.named_modules() if isinstance(m, torch.nn.Linear) and (
+            "head" not in n if names == ["all-linear"] else n.rpartition(".")[2] in names)]
+        training = 4 * 4 * model.lora_rank * sum(sum(weight.shape) for weight in linear)
     else:
         training = 3 * width * count
     sampler = 0
     if rollout.engine == "vllm":
         size = _BYTES[rollout.sampler_dtype or model.dtype]
         context = min(model.context or shape.max_position_embeddings, shape.max_position_embeddings)
-        sampler = count * size + context * cache_per_token(shape, size)
+        cache = int(rollout.kv_cache_gb * GIB) or context * cache_per_token(shape, size)
+        sampler = count * size + cache
     return Need(count * width, training, sampler)
 
 
@@ -96,14 +99,16 @@ def require_memory(config: RunConfig, source: str) -> None:
     total, share = device_memory(device), config.rollout.gpu_memory_share
     told = f"{device} has {total / GIB:.1f} GiB"
     detail = f"weights {need.weights / GIB:.1f}, gradients and optimizer {need.training / GIB:.1f} GiB"
-    cure = ("Lower model.context, use model.dtype='bfloat16'" +
+    cure = ("Lower model.context or rollout.kv_cache_gb, use model.dtype='bfloat16'" +
             ("" if config.model.lora_rank else ", train an adapter (model.lora_rank=16)") + ", or take a larger device")
-    apart = device.type == "cuda" and need.sampler > 0 and not config.rollout.sleep
-    if apart and need.sampler > share * total:
-        raise ValueError(f"too little memory: vLLM needs at least {need.sampler / GIB:.1f} GiB for its weights and one "
-                         f"sequence, {told}, rollout.gpu_memory_share = {share:g} of it. Raise the share. {cure}")
+    sleep = config.rollout.sleep
+    apart = device.type == "cuda" and need.sampler > 0 and not sleep
+    if apart and need.sampler > share * total and not config.rollout.kv_cache_gb:
+        raise ValueError(f"too little memory: vLLM needs at least {need.sampler / GIB:.1f} GiB for weights and cache, "
+                         f"{told}, rollout.gpu_memory_share = {share:g} of it. Raise the share. {cure}")
     room = (1 - share) * total if apart else total
-    wanted = need.policy if apart or config.rollout.sleep else need.policy + need.sampler
+    sampling = need.weights + need.training * 2 // 3 + need.sampler  # asleep or not, gradients are not there
+    wanted = need.policy if apart else max(need.policy, sampling) if sleep else need.policy + need.sampler
     if wanted > room:
         sampler = f", vLLM {need.sampler / GIB:.1f} GiB" if need.sampler and not apart else ""
         raise ValueError(f"too little memory: the run needs at least {wanted / GIB:.1f} GiB ({detail}{sampler}), {told}"

@@ -19,7 +19,8 @@ class RolloutConfig:
     gpu_memory_share: float = 0.4
     """Share of the GPU's memory that vLLM takes for weights and cache; the policy trains in the rest."""
     kv_cache_gb: float = 0.0
-    """vLLM's key-value cache in GiB, instead of what `gpu_memory_share` leaves for it; on a CPU 0 means 1."""
+    """vLLM's key-value cache in GiB. On a GPU 0 means what `gpu_memory_share` leaves for it (that share must be free
+    either way), on a CPU 1."""
     sleep: bool = False
     """vLLM gives its GPU memory back while the policy trains, and takes it again to sample."""
     verify_weights: bool = True

@@ -295,5 +295,5 @@ def environment() -> dict[str, Any]:
     with contextlib.suppress(OSError):  # a machine without git
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=PACKAGE_FOLDER, capture_output=True, text=True,
                                 check=False).stdout.strip()
-    return {"host": socket.gethostname(), "python": sys.version.split()[0], "platform": platform.platform(), "cpus": os.cpu_count(),
-            "packages": versions, "commit": commit}
+    return {"host": socket.gethostname(), "python": sys.version.split()[0], "platform": platform.platform(),
+            "cpus": os.cpu_count(), "packages": versions, "commit": commit}

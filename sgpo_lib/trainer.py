@@ -143,9 +143,9 @@ def sgpo_step(session: Session, step: int) -> dict[str, Any]:
 
     row = step_metrics(session, groups, works, sums, updates, step)
     gap, limit = row["sampler_trainer_gap"], config.rollout.max_gap
-    if step == 1 or step == session.total_steps or step % KEEP_ROLLOUTS_EVERY == 0 or gap > limit:
+    if step == 1 or step == session.total_steps or step % KEEP_ROLLOUTS_EVERY == 0 or not gap <= limit:
         session.run.write_rollouts(step, rollout_rows(groups))
-    if gap > limit:
+    if not gap <= limit:  # not a number is no small gap
         raise RuntimeError(f"step {step}: sampler and trainer log-probabilities differ by {gap:.3g} nats a token in "
                            f"the mean, more than rollout.max_gap = {limit:g}. The sampler is not this policy: look at "
                            "its dtype, its model and its --logprobs-mode. The step is not kept; its rollouts are")

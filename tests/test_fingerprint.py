@@ -128,6 +128,8 @@ def test_a_gap_above_the_limit_stops_the_run(base, tmp_path):
     ({"server": "http://a:1/v1"}, "rollout.server: got 'http://a:1/v1'.*else empty"),
     ({"engine": "server", "server": "http://a:1/v1"}, "model.lora_rank: got 0, expected above 0 with rollout.engine"),
     ({"engine": "vllm", "lora_rank": 4, "lora_dropout": 0.1}, "model.lora_dropout: got 0.1"),
+    ({"engine": "vllm", "lora_rank": 600}, "model.lora_rank: got 600, expected at most 512"),
+    ({"engine": "vllm", "lora_rank": 4, "lora_targets": "q_proj,lm_head"}, "model.lora_targets: got 'q_proj,lm_head'"),
     ({"sleep": True}, "rollout.sleep: got True"), ({"gpu_memory_share": 1.0}, "gpu_memory_share: got 1.0"),
     ({"max_gap": 0.0}, "rollout.max_gap: got 0.0"), ({"kv_cache_gb": -1.0}, "rollout.kv_cache_gb: got -1.0"),
     ({"sampler_dtype": "float16"}, "rollout.sampler_dtype: got 'float16'")])

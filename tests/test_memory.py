@@ -41,7 +41,11 @@ def test_the_paper_models_by_hand(shaped):
     lora = memory.least(from_parameters(name, lora_rank=16), source)
     h, i, kv = shape["hidden_size"], shape["intermediate_size"], shape["num_key_value_heads"] * 128
     adapter = 16 * 28 * (2 * (h + h) + 2 * (h + kv) + 3 * (h + i))
-    assert (lora.weights, lora.training, lora.sampler) == (full.weights, 4 * 2 * adapter, 0)
+    assert (lora.weights, lora.training, lora.sampler) == (full.weights, 4 * 4 * adapter, 0)
+    few = memory.least(from_parameters(name, lora_rank=16, lora_targets="q_proj,v_proj"), source)
+    assert few.training == 4 * 4 * 16 * 28 * (2 * h + h + kv)
+    cached = memory.least(from_parameters(name, engine="vllm", kv_cache_gb=3.0), source)
+    assert cached.sampler == full.weights + 3 * memory.GIB
 
 
 def test_the_shape_of_an_adapter_is_the_one_that_peft_makes(base):
@@ -54,7 +58,8 @@ def test_the_shape_of_an_adapter_is_the_one_that_peft_makes(base):
     (40, {}, r"at least 56\.\d GiB \(weights 14\.\d, gradients and optimizer 42\.\d GiB\), cuda:0 has 40\.0 GiB\. "
              r".*lora_rank=16"),
     (80, {}, None), (80, {"engine": "vllm"}, r"at least 56\.\d GiB .*cuda:0 has 80\.0 GiB, 0\.6 of it beside vLLM"),
-    (80, {"engine": "vllm", "sleep": True}, None), (80, {"engine": "vllm", "lora_rank": 16}, None),
+    (96, {"engine": "vllm", "sleep": True}, None), (56, {"engine": "vllm", "sleep": True}, r"at least 5\d\.\d GiB"),
+    (80, {"engine": "vllm", "lora_rank": 16}, None),
     (24, {"engine": "vllm", "lora_rank": 16, "gpu_memory_share": 0.3},
      r"vLLM needs at least 15\.9 GiB.*gpu_memory_share = 0\.3 of it. Raise the share")])
 def test_7b_on_one_gpu(tmp_path, monkeypatch, gib, settings, message):

@@ -3,20 +3,23 @@
 Before every call of `sample` the policy is compared with what was last delivered; where it has changed it is delivered:
 a LoRA adapter as a folder under a new version number, never merged; all weights over CUDA IPC where both share a GPU,
 else as a saved folder. Then the sampler is asked for the numbers of fingerprint.py, computed from the very tensors that
-it multiplies with, and they must be the trainer's. A delivery that was skipped, a former one that came again, an update
-applied twice, a base that was changed: each gives other numbers and stops the run before a token is sampled.
+it multiplies with (of base matrices a part), and they must be the trainer's. A delivery that was skipped, a former one
+that came again, an update applied twice, a base that was changed: each gives other numbers and stops the run before a
+token is sampled.
 
     skipped    the sampler has the weights of an earlier step
     repeated   it loaded a former version once more (vLLM does so for a version number that it knows)
     doubled    B is scaled twice, or an adapter lies over a base that already holds it
 
-What the numbers cannot show (a kernel that errs, a base in another dtype) shows in the metric `sampler_trainer_gap`.
+What the numbers cannot show (a kernel that errs, values that changed places inside a layer) shows in the metric
+`sampler_trainer_gap`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +36,9 @@ from sgpo_lib.rollouts.interface import Engine, Sample, SampleRequest
 class Holder(Engine, Protocol):
     """An engine with weights of its own."""
 
+    ours: bool
+    """Whether it was started by this process, and ends with it."""
+
     def load_adapter(self, folder: Path, version: int, name: str) -> None:
         """Sample from the adapter in a folder from now on."""
 
@@ -43,20 +49,23 @@ class Holder(Engine, Protocol):
         """Replace all weights by those of a model on the same GPU."""
 
     def held(self) -> dict[str, Any] | None:
-        """`base`, `adapter` (numbers of fingerprint.py) and `adapters`; None where the sampler does not tell."""
+        """`base`, `adapter` (numbers of fingerprint.py), `adapters`, `dtype`; None where the sampler does not tell."""
 
 
 class Delivered:
     """An engine that always samples the current policy. `start` makes the sampler, with the first call of `sample`.
 
-    `folder` is where adapters and weights are put for the sampler, which must see it; `dtype` is the sampler's. The
-    folder is removed by `close`. Without `must_tell` a sampler that cannot say what it holds is trusted; the metric
-    `weights_verified` is then 0.
+    `folder` is where adapters and weights are put for the sampler, which must see it (without it a temporary one);
+    `dtype` is the sampler's. The folder is removed by `close`. Without `verify` the sampler is trusted; the metric
+    `weights_verified` is then 0. A sampler of this process that was interrupted or failed is ended, since it may hold
+    requests that were not answered; the next call starts another.
     """
 
-    def __init__(self, start: Callable[[], Holder], policy: Policy, folder: Path, dtype: torch.dtype,
-                 must_tell: bool = True):
-        self.start, self.policy, self.folder, self.dtype, self.must_tell = start, policy, folder, dtype, must_tell
+    def __init__(self, start: Callable[[], Holder], policy: Policy, folder: Path | None, dtype: torch.dtype,
+                 verify: bool = True):
+        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="sgpo-delivery-")
+        self.folder = folder or Path(self._temporary.name)  # type: ignore[union-attr]
+        self.start, self.policy, self.dtype, self.verify = start, policy, dtype, verify
         self.engine: Holder | None = None
         self.version = 0
         self._told: dict[str, float] = {}
@@ -71,9 +80,19 @@ class Delivered:
         """
         if self.engine is None:
             self.engine = self.start()
-        self._deliver(self.engine)
-        self._verify(self.engine)
-        samples = self.engine.sample(requests, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+        try:
+            self._deliver(self.engine)
+            if self.verify:
+                self._verify(self.engine)
+            samples = self.engine.sample(requests, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+        except ValueError:  # a prompt that is too long: nothing was asked
+            raise
+        except BaseException:
+            if self.engine.ours:
+                self.engine.close()
+                self.engine, self._delivered = None, ""
+            raise
+        self._told["weights_verified"] = float(self.verify)
         prompt = sum(len(r.prompt_ids) for r in requests)
         self._add("prompt_tokens", prompt)
         self._add("cached_tokens", sum(s.cached_prompt for s in samples))
@@ -96,6 +115,8 @@ class Delivered:
         if self.engine:
             self.engine.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._temporary:
+            self._temporary.cleanup()
 
     # -----------------------------------------------------------------------------------------------------------
     def _add(self, name: str, value: float) -> None:
@@ -131,24 +152,26 @@ class Delivered:
         """Raises RuntimeError where the sampler holds other weights than the policy."""
         start = time.perf_counter()
         held = engine.held()
-        if held is None and self.must_tell:
+        if held is None:
             raise RuntimeError("the sampler does not tell which weights it holds. A server must run with "
                                "VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls "
                                "sgpo_lib.rollouts.vllm_worker.WeightReader; or set rollout.verify_weights to false")
-        if held is not None:
-            if self.policy.lora:
-                wrong = differences(held["base"], self._base)
-                wrong = [f"base, {w}" for w in wrong] or [f"adapter, {w}" for w in differences(
-                    held.get("adapter") or {}, adapter_numbers(_adapter(self.policy, self.dtype)))]
-            else:
-                wrong = differences(held["base"], base_numbers(_base(self.policy), self.dtype))
-            if wrong:
-                raise RuntimeError(
-                    f"the sampler does not hold the policy's weights after delivery {self.version}: {len(wrong)} parts "
-                    f"differ ({'; '.join(wrong[:2])}). The delivery was skipped, came from a former step, or was "
-                    "applied twice; nothing was sampled. Start the same command again: it continues from the last "
-                    "checkpoint with a new sampler")
-        self._told["weights_verified"] = float(held is not None)
+        dtype = str(self.dtype).split(".")[-1]
+        if held["dtype"] != dtype:
+            raise RuntimeError(f"the sampler computes in {held['dtype']}, expected {dtype}. Start it with --dtype "
+                               f"{dtype}, or set rollout.sampler_dtype to {held['dtype']}")
+        if self.policy.lora:
+            wrong = [f"base, {w}" for w in differences(held["base"], self._base)]
+            wrong = wrong or [f"adapter, {w}" for w in differences(
+                held.get("adapter") or {}, adapter_numbers(_adapter(self.policy, self.dtype)))]
+        else:
+            wrong = differences(held["base"], base_numbers(_base(self.policy), self.dtype))
+        if wrong:
+            raise RuntimeError(
+                f"the sampler does not hold the policy's weights after delivery {self.version}: {len(wrong)} parts "
+                f"differ ({'; '.join(wrong[:2])}). The delivery was skipped, came from a former step, or was applied "
+                "twice (or another run uses the same server); nothing was sampled. Start the same command again: it "
+                "continues from the last checkpoint with a new sampler")
         self._add("verify_seconds", time.perf_counter() - start)
 
 

@@ -31,7 +31,7 @@ def part_of(name: str) -> str:
     """`layer 12`, `output` for the output matrix, `rest` for embeddings and the final norm."""
     if "lm_head" in name:
         return "output"
-    found = re.search(r"(?:^|\.)(?:layers|h)\.(\d+)\.", name)
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
     return f"layer {found[1]}" if found else "rest"
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sgpo_lib.config import RunConfig
+from sgpo_lib.memory import device_memory
 from sgpo_lib.policy import Policy
 from sgpo_lib.rollouts.delivery import Delivered
 from sgpo_lib.rollouts.interface import Engine
@@ -27,7 +27,9 @@ def open_engine(config: RunConfig, policy: Policy, source: str, folder: Path | N
     rollout = config.rollout
     if rollout.engine == "transformers":
         return TransformersEngine(policy, rollout.rollout_batch)
-    folder = folder or Path(tempfile.mkdtemp(prefix="sgpo-delivery-"))
+    if any(type(module).__name__ == "Conv1D" for module in policy.model.modules()):
+        raise ValueError(f"rollout.engine: got {rollout.engine!r} for a model with transposed matrices (GPT-2), whose "
+                         "weights cannot be compared with vLLM's. Use engine='transformers'")
     dtype = getattr(torch, rollout.sampler_dtype or config.model.dtype)
     if rollout.engine == "server":
         from sgpo_lib.rollouts.server_engine import ServerEngine
@@ -40,7 +42,13 @@ def open_engine(config: RunConfig, policy: Policy, source: str, folder: Path | N
     if rollout.sleep and policy.device.type != "cuda":
         raise ValueError("rollout.sleep: got True, but the policy is on a CPU, where vLLM cannot sleep. Set false")
 
+    if policy.device.index:
+        raise ValueError(f"model.device: got {policy.device}, but vLLM takes the first visible GPU. Set "
+                         f"CUDA_VISIBLE_DEVICES={policy.device.index} and device='cuda'")
+
     def start() -> VLLMEngine:
+        if policy.device.type == "cuda":
+            torch.cuda.empty_cache()  # vLLM asks for memory that is free, not for what torch keeps
         return VLLMEngine(source, stop_ids=policy.stop_ids(), lora_rank=config.model.lora_rank, sleep=rollout.sleep,
                           **_arguments(config, policy, source))
 
@@ -77,5 +85,6 @@ def _free_file_cache(size: int) -> None:
     told = dict(line.split(":", 1) for line in file.read_text().splitlines()) if file.exists() else {}
     free, available = (int(told.get(name, "0 kB").split()[0]) * 1024 for name in ("MemFree", "MemAvailable"))
     wanted = 2 * size + _GIB
-    if free < wanted < available:
+    limited = device_memory(torch.device("cpu")) < int(told.get("MemTotal", "0 kB").split()[0]) * 1024
+    if free < wanted < available and not limited:  # in a container of less memory it could end the process
         torch.ones(wanted, dtype=torch.uint8)

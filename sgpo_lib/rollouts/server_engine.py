@@ -32,6 +32,8 @@ class ServerEngine:
     Raises ValueError where the package openai is missing, the address is none, or no server answers there.
     """
 
+    ours = False
+
     def __init__(self, address: str, *, stop_ids: Sequence[int] = (), concurrency: int = 64, retries: int = 5,
                  timeout_s: float = 3600.0):
         if importlib.util.find_spec("openai") is None:
@@ -45,9 +47,13 @@ class ServerEngine:
         self._client = openai.OpenAI(base_url=self.address, api_key=self._key, max_retries=retries, timeout=timeout_s)
         self._pool = concurrent.futures.ThreadPoolExecutor(concurrency, thread_name_prefix="server")
         self.stop_ids = list(stop_ids)
-        models = self._ask("GET", "/v1/models")["data"]
-        self.base = next(m for m in models if not m.get("parent"))["id"]
-        self.context = int(next(m for m in models if m["id"] == self.base).get("max_model_len") or 2**31)
+        told = self._ask("GET", "/v1/models")
+        try:
+            base = next(m for m in told["data"] if not m.get("parent"))
+            self.base, self.context = str(base["id"]), int(base.get("max_model_len") or 2**31)
+        except (TypeError, KeyError, StopIteration, AttributeError):
+            raise ValueError(f"rollout.server: no vLLM server at {self.root}: got {self._line(str(told))!r}, expected "
+                             "its models") from None
         self.adapter = ""
 
     def sample(self, requests: Sequence[SampleRequest], *, temperature: float, top_p: float,
@@ -98,11 +104,15 @@ class ServerEngine:
         """Sample from the adapter in a folder, which the server must see under the same path."""
         known = {m["id"]: m.get("root") for m in self._ask("GET", "/v1/models")["data"]}
         if name in known:  # left by an earlier start of the same run: the folder may be gone, the content may not
-            self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+            self._unload(name)
         self._ask("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder.resolve())})
         before, self.adapter = self.adapter, name
         if before and before != name:
-            self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": before})
+            self._unload(before)
+
+    def _unload(self, name: str) -> None:
+        with contextlib.suppress(_NotThere):  # the server was started again in between
+            self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     def load_weights(self, folder: Path) -> None:
         """Raises ValueError: a server takes adapters."""
@@ -132,9 +142,9 @@ class ServerEngine:
         """Take the adapter back and end the connections; the server goes on."""
         with contextlib.suppress(RuntimeError, ValueError):
             if self.adapter:
-                self._ask("POST", "/v1/unload_lora_adapter", {"lora_name": self.adapter})
-        self._pool.shutdown(cancel_futures=True)
+                self._unload(self.adapter)
         self._client.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)  # a request may take an hour
 
     # -----------------------------------------------------------------------------------------------------------
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
@@ -146,10 +156,12 @@ class ServerEngine:
             with urllib.request.urlopen(request, timeout=120) as answer:
                 text = answer.read().decode()
         except urllib.error.HTTPError as error:
-            if error.code in (404, 405):
+            text = error.read().decode(errors="replace")
+            if error.code in (404, 405) and '"error"' not in text:  # the framework's answer, not vLLM's
                 raise _Missing(f"server {self.root} has no {path}. Start it so: {_START}") from None
-            raise RuntimeError(f"server {self.root}{path}: HTTP {error.code}: "
-                               f"{self._line(error.read().decode(errors='replace'))}") from None
+            cure = f". The server must see {body['lora_path']}" if body and "lora_path" in body else ""
+            kind = _NotThere if error.code == 404 else RuntimeError
+            raise kind(f"server {self.root}{path}: HTTP {error.code}: {self._line(text)}{cure}") from None
         except OSError as error:
             raise RuntimeError(f"no server answers at {self.root} ({self._line(str(error))}). Start one, or correct "
                                "rollout.server") from None
@@ -160,6 +172,10 @@ class ServerEngine:
 
     def _line(self, text: str) -> str:
         return " ".join((text.replace(self._key, "[key]") if len(self._key) > 4 else text).split())[:300]
+
+
+class _NotThere(RuntimeError):
+    """What the server was asked about is not there: an adapter, a folder."""
 
 
 class _Missing(RuntimeError):

@@ -26,15 +26,18 @@ class VLLMEngine:
     """`source`: a hub id or folder. Further arguments go to `vllm.LLM` (dtype, max_model_len, enforce_eager, ...).
 
     `stop_ids` end a response besides the model's own end tokens. `lora_rank` above 0 makes room for one adapter of that
-    rank. `sleep` lets `rest` free the GPU's memory.
+    rank. `sleep` lets `rest` free the GPU's memory. vLLM's processes end with this one, however it ends.
     Raises ValueError where vLLM is not installed or of another version, or where it cannot start.
     """
+
+    ours = True
 
     def __init__(self, source: str, *, stop_ids: Sequence[int] = (), lora_rank: int = 0, sleep: bool = False,
                  **arguments: Any):
         require_vllm()
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings would drown a notebook's output
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from vllm import LLM
 
         if lora_rank:
@@ -45,10 +48,11 @@ class VLLMEngine:
         try:
             # log-probabilities of the model itself: before temperature and top-p, as `Sample.logp` promises
             self.llm = LLM(model=source, logprobs_mode="raw_logprobs", enable_sleep_mode=sleep,
-                           worker_extension_cls=READER, **arguments)
+                           worker_extension_cls=READER, use_tqdm_on_load=False, **arguments)
         except (RuntimeError, ValueError, OSError) as error:  # vLLM's own process does not say more than its log
             raise ValueError(f"vLLM cannot start with {source!r} ({str(error).splitlines()[0]}). Its log above says "
                              "why; most often memory: lower rollout.gpu_memory_share or kv_cache_gb") from error
+        self.llm.collective_rpc("sgpo_end_with", args=(os.getpid(),))
         self.adapter: Any = None
 
     @property
@@ -77,6 +81,8 @@ class VLLMEngine:
                                    stop_token_ids=self.stop_ids, logprobs=0, detokenize=False) for request in requests]
         prompts = [TokensPrompt(prompt_token_ids=list(request.prompt_ids)) for request in requests]
         outputs = self.llm.generate(prompts, settings, use_tqdm=False, lora_request=self.adapter) if prompts else []
+        if len(outputs) != len(prompts):
+            raise RuntimeError(f"vLLM answered {len(outputs)} of {len(prompts)} requests. Start the run again")
         return [_sample(output) for output in outputs]
 
     # --- weights -----------------------------------------------------------------------------------------------
@@ -101,17 +107,17 @@ class VLLMEngine:
         """Replace all weights by those of a model on the same GPU (CUDA IPC, vLLM's weight-transfer interface)."""
         from vllm.distributed.weight_transfer.base import ModuleSource
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
         self.wake()
         if not hasattr(self, "_sender"):
             self._sender = WeightTransferTrainerFactory.trainer_init(
-                IPCTrainerInitInfo(packed=True), client=_Client(self.llm), source=ModuleSource(model))
+                sender_info(), client=_Client(self.llm), source=ModuleSource(model))
         self._sender.send_weights()
         self.llm.reset_prefix_cache()
 
     def held(self) -> dict[str, Any]:
         """What the workers hold now: `sgpo_weights` of vllm_worker.py."""
+        self.wake()
         return self.llm.collective_rpc("sgpo_weights")[0]
 
     # --- memory ------------------------------------------------------------------------------------------------
@@ -138,6 +144,13 @@ class VLLMEngine:
         """End vLLM's process."""
         with contextlib.suppress(AttributeError):
             self.llm.llm_engine.engine_core.shutdown()
+
+
+def sender_info() -> Any:
+    """How weights go over CUDA IPC: this process alone sends, in packed buffers."""
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+    return IPCTrainerInitInfo(packed=True, rank=0)
 
 
 class _Client:
@@ -173,12 +186,8 @@ def require_vllm() -> None:
 
 
 def _room_for(rank: int) -> int:
-    """vLLM's kernels take a few ranks only: the smallest that is large enough."""
-    sizes = (8, 16, 32, 64, 128, 256, 320, 512)
-    fitting = [size for size in sizes if size >= rank]
-    if not fitting:
-        raise ValueError(f"model.lora_rank: got {rank}, expected at most {sizes[-1]} with rollout.engine='vllm'")
-    return fitting[0]
+    """vLLM's kernels take a few ranks only: the smallest that is large enough (512 at most: config_checks.py)."""
+    return min(size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank)
 
 
 def _sample(output: Any) -> Sample:

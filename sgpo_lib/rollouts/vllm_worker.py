@@ -6,9 +6,14 @@ sgpo_lib.rollouts.vllm_worker.WeightReader` and VLLM_SERVER_DEV_MODE=1, which op
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -23,15 +28,28 @@ class WeightReader:
 
     @torch.no_grad()
     def sgpo_weights(self) -> dict[str, Any]:
-        """`base` and `adapter` (the newest that is loaded): numbers of fingerprint.py; `adapters`: ids in memory."""
-        model = self.model_runner.get_model()
-        found: dict[str, Any] = {"base": base_numbers(_parameters(model), self.model_runner.dtype)}
+        """`base` and `adapter` (the newest that is loaded): numbers of fingerprint.py; `adapters`: ids in memory;
+        `dtype`."""
+        model, dtype = self.model_runner.get_model(), self.model_runner.dtype
+        found: dict[str, Any] = {"base": base_numbers(_parameters(model), dtype), "dtype": str(dtype).split(".")[-1]}
         manager: Any = getattr(getattr(self.model_runner, "lora_manager", None), "_adapter_manager", None)
         loaded = [i for i in manager.lora_index_to_id if i is not None] if manager else []
         found["adapters"] = sorted(loaded)
         if loaded:
             found["adapter"] = _adapter(manager, manager.lora_index_to_id.index(max(loaded)))
         return found
+
+    def sgpo_end_with(self, pid: int) -> None:
+        """End this worker, and with it the engine, soon after the process `pid` has ended: vLLM's processes would
+        outlive one that is killed, and keep their memory."""
+        def watch() -> None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                starter = psutil.Process(pid)
+                while starter.is_running() and starter.status() != psutil.STATUS_ZOMBIE:
+                    time.sleep(1.0)
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True, name="sgpo_end_with").start()
 
     def sgpo_reload(self, folder: str) -> None:
         """Replace all weights by those of a folder, the output matrix included.

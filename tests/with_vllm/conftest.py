@@ -52,5 +52,6 @@ def engine(source: str) -> Iterator[Any]:
 
     found = VLLMEngine(source, lora_rank=RANK, dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=16,
                        kv_cache_memory_bytes=2**30, block_size=32)
+    found.ours = False  # a test that fails it on purpose does not end it
     yield found
     found.close()

@@ -3,10 +3,16 @@ that go wrong."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import RANK
@@ -185,15 +191,10 @@ def test_another_version_of_vllm_is_refused(source, monkeypatch):
         vllm_engine.VLLMEngine(source)
 
 
-def test_a_rank_that_no_kernel_takes_is_refused(source):
-    with pytest.raises(ValueError, match="got 600, expected at most 512"):
-        vllm_engine.VLLMEngine(source, lora_rank=600)
-
-
-def test_a_cache_larger_than_the_machine_is_refused(source):
-    with pytest.raises(ValueError, match=r"vLLM cannot start with .*kv_cache_gb"):
-        vllm_engine.VLLMEngine(source, dtype="float32", enforce_eager=True, max_model_len=64,
-                               kv_cache_memory_bytes=2**45)
+def test_what_the_transfer_of_all_weights_needs_can_be_made():
+    """The transfer itself needs a GPU."""
+    info = vllm_engine.sender_info()
+    assert info.packed and info.is_sender
 
 
 def test_the_question_is_longer_than_a_block():
@@ -226,3 +227,54 @@ def test_a_model_with_biases_an_output_matrix_of_its_own_and_an_odd_scale(source
         assert delivered.report()["weights_verified"] == 1
     finally:
         delivered.close()
+
+
+# --- ends ------------------------------------------------------------------------------------------------------
+_SAMPLE_LONG = """
+import os, signal, sys, threading, time
+from pathlib import Path
+import torch
+from rollout_world import move, open_policy, requests_of
+from sgpo_lib.rollouts.delivery import Delivered
+from sgpo_lib.rollouts.vllm_engine import VLLMEngine
+
+def start():
+    return VLLMEngine(source, lora_rank=8, dtype="float32", enforce_eager=True, max_model_len=512, max_num_seqs=4,
+                      kv_cache_memory_bytes=2**28)
+
+if __name__ == "__main__":
+    source, folder = sys.argv[1:]
+    policy = open_policy(source, 8)
+    delivered = Delivered(start, policy, Path(folder) / "delivery", torch.float32)
+    requests = requests_of(policy, 4)
+    short = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4}
+    delivered.sample(requests, **short)
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    try:
+        delivered.sample(requests, **short | {"max_new_tokens": 380})
+        print("not interrupted")
+    except KeyboardInterrupt:
+        print("interrupted", delivered.engine is None, flush=True)
+    (drawn,) = delivered.sample(requests[:1], **short)
+    print("again", len(drawn.token_ids), flush=True)
+    import psutil
+    print("children", *(p.pid for p in psutil.Process().children(recursive=True)), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_an_interrupted_sampler_is_replaced_and_a_killed_one_leaves_nothing_behind(source, tmp_path):
+    """vLLM would answer the next call with what the interrupted one asked; and its processes outlive a parent."""
+    (tmp_path / "long.py").write_text(_SAMPLE_LONG)
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    done = subprocess.run([sys.executable, str(tmp_path / "long.py"), source, str(tmp_path)], capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": paths}, timeout=400, check=False)
+    lines = [x for x in done.stdout.splitlines() if x.startswith(("interrupted", "again", "children", "not"))]
+    assert lines[:2] == ["interrupted True", "again 4"] and done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    children = [int(pid) for pid in lines[2].split()[1:]]
+    assert children
+    deadline = time.monotonic() + 60
+    while alive := [pid for pid in children if psutil.pid_exists(pid) and
+                    psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]:  # fmt: skip
+        assert time.monotonic() < deadline, [psutil.Process(pid).cmdline() for pid in alive]
+        time.sleep(0.5)

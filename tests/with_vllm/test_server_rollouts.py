@@ -83,7 +83,7 @@ def test_a_server_that_does_not_tell_must_be_allowed(delivered, policy, monkeypa
         method, path.replace("/collective_rpc", "/no_such_route"), body))
     with pytest.raises(RuntimeError, match=r"VLLM_SERVER_DEV_MODE=1.*rollout\.verify_weights"):
         delivered.sample(requests, **SETTINGS)
-    delivered.must_tell = False
+    delivered.verify = False
     assert gap(policy, requests, delivered.sample(requests, **SETTINGS)) < 1e-4
     assert delivered.report()["weights_verified"] == 0
 
