@@ -34,7 +34,7 @@ class Need:
     training: int
     """Gradients and optimizer."""
     sampler: int
-    """vLLM's copy and its cache, of `kv_cache_gb` or for one sequence; 0 where the policy samples itself or a server does."""
+    """vLLM's copy and its cache, of `kv_cache_gb` or for one sequence; 0 for other engines."""
 
     @property
     def policy(self) -> int:
