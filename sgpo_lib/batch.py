@@ -1,69 +1,113 @@
-"""Runs a batch: notebooks as parallel processes on this machine, continued where they stopped.
+"""Runs a batch: notebooks as jobs on this machine or a cluster, continued where they stopped.
 
-`batch_spec.py` documents the file. One process per job (`sgpo run ... --job FOLDER`), started in the order of the file
-when the jobs it needs are done. `runs/jobs/NAME/batch.json` holds the plan for `sgpo status` and `sgpo report`; how
-each job ended is read from its folder.
+`batch_spec.py` documents the file, `executors/` the engines. One process per job (`sgpo run ... --job FOLDER`), started
+in the order of the file when the jobs it needs are done. `runs/jobs/NAME/batch.json` holds the plan for `sgpo status`
+and `sgpo report`; how each job ended is read from its folder. A failed job is tried again `retries` times; one that
+was stopped (a time limit of the cluster, a node that was lost, a signal) continues as long as it gets anywhere.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from sgpo_lib.batch_spec import Batch, Job, load_batch
 from sgpo_lib.config import unknown
+from sgpo_lib.executors.attempts import end, goes_nowhere, make_ready, record_failure, record_no_progress
+from sgpo_lib.executors.interface import Ended, EngineLost, Executor, clear_queue, make_order, read_queue
 from sgpo_lib.jobs import JobResult, job_key, last_line, place_parameters, read_job, up_to_date
-from sgpo_lib.runs import locked, write_atomic
+from sgpo_lib.runs import is_locked, locked, write_atomic
 
 HEARTBEAT_S = 15.0
 """Seconds between progress lines while nothing starts or ends."""
-STOP_S = 15.0
-"""Seconds that a job gets to end after SIGTERM, before it is killed."""
+AGAIN_S = 5.0
+"""Seconds before a job is started again: the kernel of its last attempt has ended by then."""
+LET_GO_S = 60.0
+"""Seconds more for a last attempt that still saves its state."""
 
 
 def run_batch(spec: Path, parallel: int | None = None, only: Iterable[str] = (), dry_run: bool = False,
-              smoke: bool = False, say: Callable[[str], None] = print) -> bool:
+              smoke: bool = False, say: Callable[[str], None] = print, engine: str | None = None,
+              address: str | None = None, cancel: bool = False) -> bool:
     """Run a batch and return whether every job is done. `only`: these jobs or grids, without what they need.
 
-    A failed job blocks those that need it; the others go on. Jobs that are up to date are skipped. On an interrupt
-    (SIGINT; `sgpo batch` turns SIGTERM into one) the running jobs are ended and the call raises KeyboardInterrupt; a
-    second call continues. Raises ValueError for a specification with faults and RuntimeError when the batch is
-    already running elsewhere.
+    A failed job blocks those that need it; the others go on. Jobs that are up to date are skipped, those that a
+    cluster still has are taken up. On an interrupt (SIGINT; `sgpo batch` turns SIGTERM into one) jobs of this machine
+    are ended, those of a cluster left alone, and the call raises KeyboardInterrupt; a second call continues.
+    `dry_run` prints the plan, `cancel` ends what an earlier call left on the cluster; both start nothing.
+    `address`: the Ray cluster. Raises ValueError for a specification with faults and for what the engine cannot give,
+    RuntimeError when the batch is already running elsewhere.
     """
-    batch = load_batch(spec, parallel, smoke)
+    batch = load_batch(spec, parallel, smoke, engine)
     chosen = set(only)
     for name in chosen - {n for j in batch.jobs for n in (j.name, j.group)}:
         raise unknown("job", name, (n for j in batch.jobs for n in (j.name, j.group)))
     jobs = [j for j in batch.jobs if not chosen or chosen & {j.name, j.group}]
+    executor = make_executor(batch.engine, address)
+    if cancel:
+        ended = executor.cancel([make_order(batch, j, batch.engine) for j in jobs])
+        say(f"{batch.name}: cancelled {', '.join(ended)}" if ended else f"{batch.name}: no job of it is on a cluster")
+        return True
     if dry_run:
-        for j in jobs:
-            say(f"{j.name}: {j.notebook.name} {j.parameters}" + (f" after {', '.join(j.after)}" if j.after else ""))
-        say(f"{len(jobs)} jobs, {batch.parallel} at a time, into {batch.folder}. Nothing was started")
+        _print_plan(batch, jobs, executor, say)
+    faults = executor.check(jobs)
+    if faults:
+        raise ValueError(f"{spec}: nothing was started\n  " + "\n  ".join(faults))
+    if dry_run:
         return True
     with locked(batch.folder):
-        return _Runner(batch, jobs, say).run()
+        return _Runner(batch, jobs, executor, say).run()
+
+
+def make_executor(engine: str, address: str | None = None) -> Executor:
+    """The engine of a name. Raises ValueError where its package is not installed, or its cluster is not there."""
+    if engine == "slurm":
+        from sgpo_lib.executors.slurm import SlurmExecutor
+
+        return SlurmExecutor()
+    if engine == "ray":
+        from sgpo_lib.executors.ray_engine import RayExecutor
+
+        return RayExecutor(address)
+    from sgpo_lib.executors.local import LocalExecutor
+
+    return LocalExecutor()
+
+
+def _up_to_date(batch: Batch, job: Job) -> bool:
+    key = job_key(job.notebook, place_parameters(job.notebook, job.parameters), (batch.folder / n for n in job.after))
+    return up_to_date(batch.folder / job.name, key)
+
+
+def _print_plan(batch: Batch, jobs: list[Job], executor: Executor, say: Callable[[str], None]) -> None:
+    current: set[str] = set()
+    for j in jobs:
+        if _up_to_date(batch, j) and all(n in current or n not in {k.name for k in jobs} for n in j.after):
+            current.add(j.name)
+        say(f"{j.name}: {j.notebook.name} {j.parameters}" + (f" after {', '.join(j.after)}" if j.after else "")
+            + (", up to date" if j.name in current else ""))
+        if asked := executor.describe(j):
+            say(f"    {asked}")
+    limit = f"{batch.parallel} at a time" if batch.parallel < 10**6 else "as many at a time as it takes"
+    say(f"{len(jobs)} jobs on {batch.engine}, {limit}, {len(current)} up to date, into {batch.folder}. "
+        "Nothing was started")
 
 
 class _Runner:
     """State of a running batch: which jobs wait, run, are done, failed or blocked."""
 
-    def __init__(self, batch: Batch, jobs: list[Job], say: Callable[[str], None]):
-        self.batch, self.say, self.start = batch, say, time.time()
+    def __init__(self, batch: Batch, jobs: list[Job], executor: Executor, say: Callable[[str], None]):
+        self.batch, self.executor, self.say, self.start = batch, executor, say, time.time()
         self.jobs = {j.name: j for j in jobs}
-        self.waiting = dict(self.jobs)
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.waiting = {j.name: 0.0 for j in jobs}  # time before which it is not started
+        self.running: set[str] = set()
         self.ended: dict[str, JobResult] = {}
         self.blocked: dict[str, str] = {}
         self.due: set[str] = set()  # free to start and known not to be up to date
+        self.failures = dict.fromkeys(self.jobs, 0)
 
     def folder(self, name: str) -> Path:
         return self.batch.folder / name
@@ -71,28 +115,50 @@ class _Runner:
     def run(self) -> bool:
         """Start, watch and account for every job."""
         self._write_plan()
-        self.say(self._line(f"{self.batch.name}: {len(self.jobs)} jobs, {self.batch.parallel} at a time"))
-        beat = time.time()
+        where = "" if self.executor.name == "local" else f" on {self.executor.name}"
+        limit = f", {self.batch.parallel} at a time" if self.batch.parallel < 10**6 else ""
+        self.say(self._line(f"{self.batch.name}: {len(self.jobs)} jobs{where}{limit}"))
         try:
-            while self.waiting or self.running:
-                if self._reap() | self._start():
-                    beat = time.time()
-                elif time.time() - beat > HEARTBEAT_S:
-                    self.say(self._line("; ".join(f"{n}: {last_line(self.folder(n)) or 'starting'}"
-                                                  for n in self.running)))
-                    beat = time.time()
-                if self.running:
-                    time.sleep(0.2)
+            self._attach()
+            self._loop()
+        except EngineLost as lost:
+            self._lost(lost)
         finally:
-            self._stop()
+            if self.running:
+                self.say(self._line(f"interrupted; {self.executor.leave(sorted(self.running))}"))
             self._write_plan()
         return self._finish()
+
+    def _loop(self) -> None:
+        beat = time.time()
+        while self.waiting or self.running:
+            if self._reap() | self._start():
+                beat = time.time()
+            elif time.time() - beat > HEARTBEAT_S:
+                self.say(self._line("; ".join(f"{n}: {self._news(n)}" for n in self.jobs if n in self.running)))
+                beat = time.time()
+            if self.waiting or self.running:
+                time.sleep(0.2)
+
+    def _news(self, name: str) -> str:
+        if read_job(self.folder(name)).state == "running":
+            return last_line(self.folder(name)) or "starting"
+        return read_queue(self.folder(name)).get("note") or "starting"
+
+    def _attach(self) -> None:
+        """Take up the jobs that an earlier call left on the cluster."""
+        for name, job in self.jobs.items():
+            if self.executor.attach(make_order(self.batch, job, self.batch.engine)):
+                del self.waiting[name]
+                self.running.add(name)
+                self.say(self._line(f"{name}: still there, {read_queue(self.folder(name)).get('note', '')}"))
 
     def _start(self) -> bool:
         """Start what may start; skip what is up to date; block what cannot. True where something changed."""
         changed = False
-        for job in list(self.waiting.values()):
-            if job.name in self.due and len(self.running) >= self.batch.parallel:
+        for job in [j for j in self.jobs.values() if j.name in self.waiting]:
+            full = len(self.running) >= self.batch.parallel or not self.executor.room(job)
+            if self._too_early(job.name) or (job.name in self.due and full):
                 continue
             bad = [n for n in job.after if n in self.blocked or (n in self.ended and self.ended[n].state != "done")]
             if any(n in self.waiting or n in self.running for n in job.after) and not bad:
@@ -100,69 +166,88 @@ class _Runner:
             if not bad:
                 bad = [n for n in job.after if n not in self.jobs and read_job(self.folder(n)).state != "done"]
             if bad:
+                self._block(job.name, f"needs {', '.join(bad)}, which did not finish")
+            elif job.name not in self.due and _up_to_date(self.batch, job):
                 del self.waiting[job.name]
-                self.blocked[job.name] = f"needs {', '.join(bad)}, which did not finish"
-                self._write_plan()
-                self.say(self._line(f"{job.name}: blocked, {self.blocked[job.name]}"))
-            elif job.name not in self.due and self._up_to_date(job):
-                del self.waiting[job.name]
-                self.ended[job.name] = JobResult(**{**vars(read_job(self.folder(job.name))), "fresh": False})
+                self.ended[job.name] = replace(read_job(self.folder(job.name)), fresh=False)
                 self.say(self._line(f"{job.name}: up to date"))
-            elif len(self.running) < self.batch.parallel:
-                del self.waiting[job.name]
-                self.running[job.name] = self._process(job)
-                self.say(self._line(f"{job.name}: started"))
+            elif not full:
+                self._submit(job)
             else:
                 self.due.add(job.name)
                 continue
             changed = True
         return changed
 
-    def _up_to_date(self, job: Job) -> bool:
-        key = job_key(job.notebook, place_parameters(job.notebook, job.parameters), map(self.folder, job.after))
-        return up_to_date(self.folder(job.name), key)
+    def _too_early(self, name: str) -> bool:
+        """Whether the last attempt of a job may still be at work."""
+        since = time.time() - self.waiting[name]
+        return since < 0 or (self.waiting[name] > 0 and since < LET_GO_S and is_locked(self.folder(name)))
 
-    def _process(self, job: Job) -> subprocess.Popen[bytes]:
-        folder = self.folder(job.name)
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in ("DONE", "FAILED.json", "log.txt"):
-            (folder / old).unlink(missing_ok=True)
-        command = [sys.executable, "-m", "sgpo_lib.cli", "run", str(job.notebook), "--job", str(folder), "--quiet",
-                   *(a for n in job.after for a in ("--after", str(self.folder(n)))),
-                   *(a for n, v in job.parameters.items() for a in ("-p", f"{n}={_flow(v)}"))]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads), **job.env}
-        with (folder / "process.txt").open("wb") as output:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                    env=environment, start_new_session=True)
+    def _submit(self, job: Job) -> None:
+        del self.waiting[job.name]
+        self.running.add(job.name)
+        make_ready(self.folder(job.name))
+        try:
+            where = self.executor.submit(make_order(self.batch, job, self.batch.engine))
+        except ValueError as error:  # the cluster does not take it: this job alone has failed
+            record_failure(self.folder(job.name), "not accepted", str(error))
+            self._account(job.name, Ended("failed", str(error)))
+        else:
+            self.say(self._line(f"{job.name}: started {where}".rstrip()))
+
+    def _block(self, name: str, reason: str) -> None:
+        del self.waiting[name]
+        self.blocked[name] = reason
+        self._write_plan()
+        self.say(self._line(f"{name}: blocked, {reason}"))
 
     def _reap(self) -> bool:
-        """Account for processes that ended. True where there were any."""
-        over = [(n, p.returncode) for n, p in self.running.items() if p.poll() is not None]
-        for name, code in over:
-            del self.running[name]
-            result = read_job(self.folder(name))
-            if result.state not in ("done", "failed"):  # killed from outside, or it never came as far as the notebook
-                lines = (self.folder(name) / "process.txt").read_text(encoding="utf-8", errors="replace").split("\n")
-                why = " ".join([s for s in lines if s.strip()][-3:])[-400:]
-                record = {"cell": None, "error": f"process ended with code {code}", "message": why or "no output"}
-                write_atomic(self.folder(name) / "FAILED.json", json.dumps(record))
-                result = read_job(self.folder(name))
-            self.ended[name] = result
-            how = f"done in {result.seconds:.0f} s" if result.state == "done" else f"FAILED, {result.reason[:300]}"
-            self.say(self._line(f"{name}: {how}"))
+        """Account for attempts that ended. True where there were any."""
+        over = self.executor.poll()
+        for name, ended in over.items():
+            self._account(name, ended)
         return bool(over)
 
-    def _stop(self) -> None:
-        """End the processes that still run (after an interrupt): SIGTERM to their groups, then SIGKILL."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for process in self.running.values():
-                if process.poll() is None:
-                    os.killpg(process.pid, number)
-            deadline = time.time() + STOP_S
-            while any(p.poll() is None for p in self.running.values()) and time.time() < deadline:
-                time.sleep(0.1)
-        if self.running:
-            self.say(self._line(f"interrupted; ended {', '.join(self.running)}. The same command continues"))
+    def _account(self, name: str, ended: Ended) -> None:
+        """Done, failed for good, or started again."""
+        folder = self.folder(name)
+        self.running.remove(name)
+        end(folder, ended)
+        clear_queue(folder)
+        if ended.how == "stopped":
+            if not goes_nowhere(folder):
+                self._again(name, f"stopped ({ended.reason[:200]}), goes on")
+                return
+            ended = record_no_progress(folder)
+        if ended.how == "failed" and self.failures[name] < self.jobs[name].retries:
+            self.failures[name] += 1
+            self._again(name, f"FAILED, {ended.reason[:300]}, tried again "
+                              f"({self.failures[name]} of {self.jobs[name].retries})")
+            return
+        result = self.ended[name] = read_job(folder)
+        how = f"done in {result.seconds:.0f} s" if result.state == "done" else f"FAILED, {result.reason[:300]}"
+        self.say(self._line(f"{name}: {how}"))
+
+    def _again(self, name: str, what: str) -> None:
+        self.waiting[name] = time.time() + AGAIN_S
+        self.due.add(name)
+        self.say(self._line(f"{name}: {what}"))
+
+    def _lost(self, lost: EngineLost) -> None:
+        """The cluster went away: what ran on it has failed where it is gone too, what waited is blocked."""
+        self.say(self._line(str(lost)))
+        for name in sorted(self.running):
+            self.running.remove(name)
+            if lost.fatal:
+                record_failure(self.folder(name), "cluster lost", str(lost))
+                end(self.folder(name), Ended("failed", str(lost)))
+                clear_queue(self.folder(name))
+                self.ended[name] = read_job(self.folder(name))
+            else:
+                self.blocked[name] = str(lost)
+        for name in list(self.waiting):
+            self._block(name, str(lost))
 
     def _finish(self) -> bool:
         failed = [n for n, r in self.ended.items() if r.state != "done"]
@@ -184,8 +269,3 @@ class _Runner:
         rows = [{"name": j.name, "notebook": j.notebook.name, "parameters": j.parameters, "after": j.after,
                  "blocked": self.blocked.get(j.name, "")} for j in self.batch.jobs]
         write_atomic(self.batch.folder / "batch.json", json.dumps({"name": self.batch.name, "jobs": rows}, default=str))
-
-
-def _flow(value: Any) -> str:
-    """A value as one line of YAML, as `sgpo run -p` reads it."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True).removesuffix("...\n").strip()

@@ -1,13 +1,22 @@
 """Batch specifications: many notebooks from one YAML file, read and checked before anything starts.
 
     name: quickstart            folder of the jobs: runs/jobs/quickstart/
-    parallel: 2                 processes at a time; default: CPU count
+    engine: local               where: local (default), slurm or ray; `--engine` overrides it
+    parallel: 2                 jobs at a time; default: CPU count here, no limit on a cluster
+    defaults:                   any of resources, setup, python, container, retries, grace, threads, env, for every job
+      setup: [module load cuda, export HF_HUB_OFFLINE=1]
     jobs:                       order = priority: put long jobs first
       full_run:
         notebook: 06_full_run   stem in notebooks/, or a path (also relative to this file)
         parameters: {profile: tiny}
         grid: {method: [sgpo, grpo8], seed: [0, 1, 2]}   jobs full_run-sgpo-s0, full_run-sgpo-s1, ...
-        threads: 1              OMP_NUM_THREADS; default: CPU count / parallel
+        resources: {gpus: 1, memory: 64G, time: 12:00:00}   see resources.py; a field of its own replaces the default's
+        setup: [...]            lines of bash before the notebook, in its shell; one that fails ends the job
+        python: /env/bin/python interpreter of the job; default: the one that runs the batch
+        container: apptainer exec image.sif   put before the command
+        retries: 2              further attempts after a failure; one that was asked to stop goes on anyway
+        grace: 120              seconds to finish a step in, when asked to stop
+        threads: 1              OMP_NUM_THREADS; default: resources.cpus, else CPU count / parallel here, 1 on a cluster
         env: {NAME: value}
       compare:
         notebook: 07_compare_runs
@@ -24,16 +33,28 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sgpo_lib.config import unknown
 from sgpo_lib.jobs import find_notebook, jobs_root, place_parameters, read_yaml
+from sgpo_lib.resources import Resources, read_resources
 
-_JOB_FIELDS = ("name", "notebook", "parameters", "grid", "after", "env", "threads")
-_SPEC_FIELDS = ("name", "parallel", "jobs", "smoke")
+ENGINES = ("local", "slurm", "ray")
+_DEFAULT_FIELDS = ("resources", "setup", "python", "container", "retries", "grace", "threads", "env")
+_JOB_FIELDS = ("name", "notebook", "parameters", "grid", "after", *_DEFAULT_FIELDS)
+_SPEC_FIELDS = ("name", "engine", "parallel", "defaults", "jobs", "smoke")
+_KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "parameters": (dict, "a mapping of names to values"), "grid": (dict, "a mapping of names to lists of values"),
+    "env": (dict, "a mapping of names to values"), "after": ((str, list), "a name or a list of names"),
+    "resources": (dict, "a mapping such as {gpus: 1, time: 12:00:00}"),
+    "setup": ((str, list), "a line of bash or a list of lines"), "python": (str, "an interpreter"),
+    "container": (str, "a command such as apptainer exec image.sif"), "retries": (int, "0 or more"),
+    "grace": (int, "seconds, 1 or more"), "threads": (int, "1 or more")}
+_LEAST = {"retries": 0, "grace": 1, "threads": 1}
 
 
 @dataclass(frozen=True)
@@ -49,6 +70,17 @@ class Job:
     """Names of the jobs that must be done before."""
     env: dict[str, str]
     threads: int
+    resources: Resources
+    setup: tuple[str, ...]
+    """Lines of bash that come before the notebook, in the same shell."""
+    python: str
+    """Interpreter; empty: the one that runs the batch."""
+    container: tuple[str, ...]
+    """Words that come before the command."""
+    retries: int
+    """Further attempts after one that failed."""
+    grace: int
+    """Seconds to finish a step in, when asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +88,9 @@ class Batch:
     """A checked specification."""
 
     name: str
+    engine: str
     parallel: int
+    """Jobs at a time."""
     jobs: tuple[Job, ...]
 
     @property
@@ -71,7 +105,7 @@ def cpu_count() -> int:
 
 
 # --- reading a specification -------------------------------------------------------------------------------------
-def load_batch(spec: Path, parallel: int | None = None, smoke: bool = False) -> Batch:
+def load_batch(spec: Path, parallel: int | None = None, smoke: bool = False, engine: str | None = None) -> Batch:
     """Read and check a specification. Raises ValueError listing all faults with file, job, field and cure."""
     if not spec.is_file():
         raise ValueError(f"no batch file {spec}. The one of `make run` is experiments/quickstart.yaml")
@@ -79,34 +113,42 @@ def load_batch(spec: Path, parallel: int | None = None, smoke: bool = False) -> 
         raw = read_yaml(spec.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
             raise ValueError("expected a mapping with name and jobs")
-        for name in raw:
-            if name not in _SPEC_FIELDS:
-                raise unknown("field", str(name), _SPEC_FIELDS)
+        faults = _unknown_fields(raw, _SPEC_FIELDS)
         name = str(raw.get("name") or spec.stem) + ("-smoke" if smoke else "")
-        parallel = parallel or raw.get("parallel") or cpu_count()
-        if not isinstance(parallel, int) or parallel < 1:
-            raise ValueError(f"parallel: got {parallel!r}, expected a number of processes, 1 or more")
+        engine = engine or raw.get("engine") or "local"
+        if engine not in ENGINES:
+            faults.append(f"engine: {unknown('engine', str(engine), ENGINES)}")
         entries = _entries(raw.get("jobs"))
-        small = raw.get("smoke") or {}
-        for job in small:
-            if job not in entries:
-                raise unknown("job under smoke", str(job), entries)
+        limit = raw.get("parallel") if parallel is None else parallel
+        limit = (cpu_count() if engine == "local" else 10**6) if limit is None else limit
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            faults.append(f"parallel: got {limit!r}, expected a number of jobs, 1 or more")
+            limit = 1
+        small, defaults = raw.get("smoke") or {}, raw.get("defaults") or {}
+        if not isinstance(small, dict) or not isinstance(defaults, dict):
+            raise ValueError("smoke and defaults: expected mappings")
+        faults += [str(unknown("job under smoke", str(job), entries)) for job in small if job not in entries]
+        common = [f"defaults: {fault}" for fault in _faults_of(defaults, _DEFAULT_FIELDS)]
     except ValueError as error:
         raise ValueError(f"{spec}: {error}") from None
-    faults: list[str] = []
+    faults += common
     jobs: list[Job] = []
     for group, entry in entries.items():
         changes = small.get(group) if smoke else None
-        try:
-            made = _expand(group, entry, changes or {}, spec.parent, parallel)
-            jobs += made if changes is not False else []
-        except ValueError as error:
-            faults.append(f"job {group!r}: {error}")
+        wrong = _faults_of(entry, _JOB_FIELDS)
+        if not wrong and not common:
+            try:
+                made = _expand(group, _merged(defaults, entry), changes or {}, spec.parent,
+                               max(1, cpu_count() // limit) if engine == "local" else 1)
+                jobs += made if changes is not False else []
+            except ValueError as error:
+                wrong = [str(error)]
+        faults += [f"job {group!r}: {fault}" for fault in wrong]
     if not faults:
         faults, jobs = _link(jobs, {g for g, changes in small.items() if smoke and changes is False})
     if faults:
         raise ValueError(f"{spec}: nothing was started\n  " + "\n  ".join(faults))
-    return Batch(name, parallel, tuple(jobs))
+    return Batch(name, engine, limit, tuple(jobs))
 
 
 def _entries(raw: Any) -> dict[str, dict[str, Any]]:
@@ -123,23 +165,51 @@ def _entries(raw: Any) -> dict[str, dict[str, Any]]:
             raise ValueError(f"jobs: the name {name!r} is there twice. Rename one")
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(name)):
             raise ValueError(f"jobs: the name {name!r} becomes a folder: use letters, digits, '.', '_' and '-'")
-        for key in entry:
-            if key not in _JOB_FIELDS:
-                raise ValueError(f"job {name!r}: {unknown('field', str(key), _JOB_FIELDS)}")
         entries[str(name)] = entry
     return entries
 
 
-def _expand(group: str, entry: Mapping[str, Any], small: Mapping[str, Any], base: Path, parallel: int) -> list[Job]:
+def _unknown_fields(entry: Mapping[Any, Any], known: Iterable[str]) -> list[str]:
+    return [str(unknown("field", str(name), known)) for name in entry if name not in known]
+
+
+def _faults_of(entry: Mapping[str, Any], known: Iterable[str]) -> list[str]:
+    """Every field of a job, or of `defaults`, that has a wrong name, type or range."""
+    faults = _unknown_fields(entry, known)
+    for name, (kind, expected) in _KINDS.items():
+        value = entry.get(name)
+        if value is None:
+            continue
+        good = isinstance(value, kind) and not isinstance(value, bool)
+        if good and name in ("setup", "after"):
+            good = all(isinstance(line, str) for line in value)
+        if not good or (name in _LEAST and value < _LEAST[name]):
+            faults.append(f"{name}: got {value!r}, expected {expected}")
+        elif name == "resources":
+            faults += read_resources(value)[1]
+        elif name == "container":
+            try:
+                shlex.split(value)
+            except ValueError as error:
+                faults.append(f"container: got {value!r}, expected {expected} ({error})")
+    for name, values in (entry.get("grid") or {}).items() if isinstance(entry.get("grid"), dict) else ():
+        if not isinstance(values, list) or not values:
+            faults.append(f"grid.{name}: got {values!r}, expected a list of values")
+    if "notebook" in known and not entry.get("notebook"):
+        faults.append("notebook: missing. Give a stem such as 06_full_run, or a path")
+    return faults
+
+
+def _merged(defaults: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's fields over the defaults; `resources` and `env` field by field."""
+    merged = {**defaults, **{n: v for n, v in entry.items() if v is not None}}
+    for name in ("resources", "env"):
+        merged[name] = {**(defaults.get(name) or {}), **(entry.get(name) or {})}
+    return merged
+
+
+def _expand(group: str, entry: Mapping[str, Any], small: Mapping[str, Any], base: Path, threads: int) -> list[Job]:
     """The jobs of an entry: one, or one per point of its grid."""
-    kinds: dict[str, type | tuple[type, ...]] = {"parameters": dict, "grid": dict, "env": dict, "threads": int,
-                                                 "after": (str, list)}
-    for name, kind in kinds.items():
-        if entry.get(name) is not None and not isinstance(entry[name], kind):
-            raise ValueError(f"{name}: got {entry[name]!r}, expected "
-                             f"{'a name or a list of names' if name == 'after' else getattr(kind, '__name__', '')}")
-    if not entry.get("notebook"):
-        raise ValueError("notebook: missing. Give a stem such as 06_full_run, or a path")
     notebook = find_notebook(str(entry["notebook"]), base)
     fixed, grid = dict(entry.get("parameters") or {}), dict(entry.get("grid") or {})
     for name, value in small.items():
@@ -148,21 +218,23 @@ def _expand(group: str, entry: Mapping[str, Any], small: Mapping[str, Any], base
         else:
             grid.pop(name, None)
             fixed[name] = value
-    for name, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"grid.{name}: got {values!r}, expected a list of values")
-        if name in fixed:
-            raise ValueError(f"{name!r} is under parameters and under grid. Remove one")
-    after = entry.get("after") or []
+    for name in set(grid) & set(fixed):
+        raise ValueError(f"{name!r} is under parameters and under grid. Remove one")
+    after, setup = entry.get("after") or [], entry.get("setup") or []
+    python = str(Path(entry["python"]).expanduser()) if entry.get("python") else ""
+    resources, _ = read_resources(entry["resources"])
+    common = Job(
+        group, group, notebook, {}, (after,) if isinstance(after, str) else tuple(after),
+        {str(k): str(v) for k, v in entry["env"].items()}, entry.get("threads") or resources.cpus or threads, resources,
+        (setup,) if isinstance(setup, str) else tuple(setup), python,
+        tuple(shlex.split(entry.get("container") or "")), entry.get("retries") or 0, entry.get("grace") or 120)
     jobs = []
     for point in itertools.product(*grid.values()):
         chosen = dict(zip(grid, point, strict=True))
         parameters = fixed | chosen
         place_parameters(notebook, parameters)
-        jobs.append(Job("-".join([group, *(_suffix(n, v) for n, v in chosen.items())]), group, notebook, parameters,
-                        tuple([after] if isinstance(after, str) else map(str, after)),
-                        {str(k): str(v) for k, v in (entry.get("env") or {}).items()},
-                        int(entry.get("threads") or max(1, cpu_count() // parallel))))
+        name = "-".join([group, *(_suffix(n, v) for n, v in chosen.items())])
+        jobs.append(replace(common, name=name, parameters=parameters))
     return jobs
 
 
@@ -189,7 +261,7 @@ def _link(jobs: list[Job], left_out: set[str]) -> tuple[list[str], list[Job]]:
             if name not in groups:
                 faults.append(f"job {j.name!r}: after: {unknown('job', name, groups)}")
             wanted += groups.get(name, [])
-        linked.append(Job(**{**vars(j), "after": tuple(dict.fromkeys(wanted))}))
+        linked.append(replace(j, after=tuple(dict.fromkeys(wanted))))
     open_ = {j.name: set(j.after) for j in linked}
     while free := [n for n, needs in open_.items() if not needs & set(open_)]:
         for name in free:

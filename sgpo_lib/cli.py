@@ -1,30 +1,28 @@
-"""The command `sgpo`: run a notebook or a batch headless, see how things stand, write a report.
+"""The command `sgpo`: run a notebook or a batch headless, see how things stand, write a report, export weights.
 
-Errors that a user can cure print one line and exit with 2; a job that failed exits with 1, an interrupt with 130.
-Commands import what they need when they run, so that the program starts at once.
+Errors that a user can cure print one line and exit with 2; a job that failed exits with 1, one that was asked to stop
+(SIGUSR1 or SIGTERM to `sgpo run`) with 75, an interrupt with 130. Commands import what they need when they run, so
+that the program starts at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sgpo_lib.batch_spec import ENGINES
 from sgpo_lib.extraction.command import add_arguments
 from sgpo_lib.extraction.command import command as extract_command
-from sgpo_lib.jobs import jobs_root, last_line, parse_assignment, read_batch, read_job
-from sgpo_lib.runs import list_runs, load_run, reports_root, runs_root
-
-if TYPE_CHECKING:
-    from sgpo_lib.jobs import JobResult
-    from sgpo_lib.runs import Run
+from sgpo_lib.jobs import STOPPED, batch_folders, jobs_root, parse_assignment, read_batch
+from sgpo_lib.redaction import Redactor
+from sgpo_lib.runs import Stopped, list_runs, load_run, reports_root
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,19 +38,39 @@ def parser() -> argparse.ArgumentParser:
                      help="job folder whose result this one builds on: when it changes, this one is out of date")
     run.add_argument("--force", action="store_true", help="run even where the job is up to date")
     run.add_argument("--quiet", action="store_true", help="printed lines go to log.txt only")
+    run.add_argument("--time-limit", type=float, metavar="SECONDS", help="of the whole execution; then it has failed, "
+                     "and the same command continues from the last checkpoint")
+    run.add_argument("--grace", type=float, metavar="SECONDS", help="from SIGUSR1, which asks it to stop after its "
+                     "training step, to an interrupt (default 120; from SIGTERM at most 10)")
     batch = commands.add_parser("batch", help="execute the notebooks of a YAML file, in parallel, continuing")
     batch.add_argument("spec", type=Path, help="for example experiments/quickstart.yaml")
     batch.add_argument("--jobs", type=int, metavar="N", help="processes at a time (default: the file's, else CPUs)")
     batch.add_argument("--only", action="append", default=[], metavar="JOB", help="only this job or grid")
     batch.add_argument("--smoke", action="store_true", help="with the small parameters under `smoke:` in the file")
-    batch.add_argument("--dry-run", action="store_true", help="check the file and list the jobs")
-    commands.add_parser("status", help="how jobs and runs stand")
+    batch.add_argument("--engine", choices=ENGINES, help="where the jobs run (default: the file's, else local)")
+    batch.add_argument("--address", help="Ray cluster, HOST:PORT (default: RAY_ADDRESS, else the one of this machine)")
+    batch.add_argument("--dry-run", action="store_true", help="check the file and print the plan")
+    batch.add_argument("--cancel", action="store_true", help="end the jobs that an earlier call left on the cluster")
+    status = commands.add_parser("status", help="how jobs and runs stand", description=(
+        "State, step, reward, tokens per second, time left, machine and reason of failure, from the run folders."))
+    status.add_argument("batch", nargs="?", help="only this batch (default: all, and all runs)")
+    status.add_argument("--watch", type=float, nargs="?", const=5.0, metavar="SECONDS",
+                        help="show it anew every so often (default 5) until Ctrl-C; on a pipe once")
     extract = commands.add_parser("extract", help="strategies from strong responses", description=(
         "Five candidate strategies per response, scored, checked for leaks; one line per problem in the output file."))
     add_arguments(extract)
     report = commands.add_parser("report", help="write reports/BATCH/index.html")
     report.add_argument("batch", nargs="?", help="name of the batch (default: the newest)")
     report.add_argument("--out", type=Path, help="folder of the report (default: reports/BATCH)")
+    export = commands.add_parser("export", help="a run's weights for other programs", description=(
+        "Write a plain Hugging Face folder (LoRA merged) or a PEFT adapter, which transformers, PEFT and vLLM load."))
+    export.add_argument("run", help="name below the root of runs, or folder")
+    export.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new or empty")
+    export.add_argument("--what", choices=("merged", "adapter"), default="merged",
+                        help="whole model (default), or the LoRA adapter alone, to be loaded on its base")
+    export.add_argument("--step", type=int, metavar="N", help="the checkpoint after this step (default: final weights)")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="",
+                        help="type of merged weights (default: that of the run)")
     return top
 
 
@@ -60,17 +78,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status."""
     arguments = parser().parse_args(argv)
     with contextlib.suppress(ValueError):  # not in the main thread: whoever runs it there handles signals
-        signal.signal(signal.SIGTERM, _interrupt)
-    commands = {"run": _run, "batch": _batch, "status": _status, "report": _report,
+        if arguments.command == "run":  # from the first moment: by default SIGUSR1 ends a process without a word
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, _stop)
+        else:
+            signal.signal(signal.SIGTERM, _interrupt)
+    commands = {"run": _run, "batch": _batch, "status": _status, "report": _report, "export": _export,
                 "extract": lambda given: extract_command(given, _say)}
     try:
         return commands[arguments.command](arguments)
     except (ValueError, RuntimeError, FileNotFoundError) as error:
-        sys.stderr.write(f"sgpo: {error}\n")
+        sys.stderr.write(f"sgpo: {Redactor()(str(error))}\n")
         return 2
     except BrokenPipeError:  # `sgpo status | head`
         sys.stderr.close()
         return 0
+    except Stopped:
+        sys.stderr.write("sgpo: stopped as asked. The same command continues\n")
+        return STOPPED
     except KeyboardInterrupt:
         sys.stderr.write("sgpo: interrupted. The same command continues\n")
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - asyncio would tell of every task cut off
@@ -80,6 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _interrupt(*_: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _stop(number: int, _: Any) -> None:
+    raise Stopped(f"signal {number}")
 
 
 def _say(text: str) -> None:
@@ -98,8 +127,14 @@ def _run(arguments: argparse.Namespace) -> int:
         given[name] = value
     stem = Path(arguments.notebook).stem
     job = arguments.job or jobs_root() / "single" / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for name in ("time_limit", "grace"):
+        if (seconds := getattr(arguments, name)) is not None and not seconds >= 0:
+            raise ValueError(f"--{name.replace('_', '-')}: got {seconds:g}, expected seconds, 0 or more")
     result = run_notebook(arguments.notebook, given, job, after=arguments.after, force=arguments.force,
-                          echo=None if arguments.quiet else sys.stdout)
+                          echo=None if arguments.quiet else sys.stdout, time_limit=arguments.time_limit,
+                          grace=arguments.grace)
+    if result.state in ("stopped", "queued"):  # a cluster has the job until its driver has taken note
+        raise Stopped
     if result.state != "done":
         sys.stderr.write(f"sgpo: {stem} failed in {result.reason}\nSee {result.folder}/log.txt and report.html\n")
         return 1
@@ -113,97 +148,31 @@ def _batch(arguments: argparse.Namespace) -> int:
 
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ValueError(f"--jobs: got {arguments.jobs}, expected 1 or more")
-    good = run_batch(arguments.spec, arguments.jobs, arguments.only, arguments.dry_run, arguments.smoke, _say)
+    good = run_batch(arguments.spec, arguments.jobs, arguments.only, arguments.dry_run, arguments.smoke, _say,
+                     arguments.engine, arguments.address, arguments.cancel)
     return 0 if good else 1
 
 
-def _batches() -> list[Path]:
-    """Folders of batches, the newest last."""
-    return [p.parent for p in sorted(jobs_root().glob("*/batch.json"), key=lambda p: p.stat().st_mtime)]
+def _status(arguments: argparse.Namespace) -> int:
+    from sgpo_lib.status import show
 
-
-def _status(_: argparse.Namespace) -> int:
-    from rich.console import Console
-
-    console = Console() if sys.stdout.isatty() else Console(width=170, color_system=None)
-    singles = [read_job(p.parent) for p in sorted(jobs_root().glob("single/*/parameters.yaml"))]
-    groups = [(f.name, read_batch(f)) for f in _batches()] + ([("single notebooks", singles)] if singles else [])
-    for name, jobs in groups:
-        console.print(_job_table(name, jobs))
-    runs = list_runs()
-    if runs:
-        console.print(_run_table(runs))
-    if not runs and not groups:
-        console.print(f"nothing under {runs_root()} yet. Start with: make run")
+    show(arguments.batch, arguments.watch)
     return 0
 
 
-_COLOURS = {"done": "green", "failed": "red", "blocked": "red", "running": "cyan", "stopped": "yellow"}
+def _export(arguments: argparse.Namespace) -> int:
+    from sgpo_lib.export import export
 
-
-def _state(state: str) -> Any:
-    from rich.text import Text
-
-    return Text(state, style=_COLOURS.get(state, ""))
-
-
-def _job_table(name: str, jobs: Sequence[JobResult]) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=f"jobs of {name}", title_justify="left", box=box.SIMPLE_HEAD)
-    for column, right in (("job", False), ("state", False), ("seconds", True), ("last line or reason", False)):
-        table.add_column(column, justify="right" if right else "left", no_wrap=column != "last line or reason")
-    for job in jobs:
-        told = job.reason or (last_line(job.folder) if job.state == "running" else "")
-        table.add_row(job.name, _state(job.state), f"{job.seconds:.0f}" if job.seconds else "", Text(told[:300]))
-    return table
-
-
-def _run_table(runs: Sequence[Run]) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=f"runs in {runs_root()}", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("run", "state", "step", "reward", "eval accuracy", "test", "tokens/s", "last row", "reason"):
-        table.add_column(column, justify="left" if column in ("run", "state", "reason") else "right",
-                         no_wrap=column != "reason")
-    for run in runs:
-        rows = run.metrics()
-        test = (run.summary.get("test") or {}).get("accuracy")
-        metrics = run.folder / "metrics.jsonl"
-        failed = run.folder / "FAILED.json"
-        reason = ""
-        if run.state == "failed":
-            record = json.loads(failed.read_text(encoding="utf-8"))
-            reason = f"{record.get('error')}: {record.get('message')}"
-        steps = run.summary.get("steps") or run.config.train.steps
-        table.add_row(run.folder.name, _state(run.state), f"{max((r['step'] for r in rows), default=0)}/{steps}",
-                      _last(rows, "reward_autonomous", ".2f"), _last(rows, "accuracy", ".2f", "eval"),
-                      f"{test:.3f}" if test is not None else "", _last(rows, "tokens_per_second", ",.0f"),
-                      _age(time.time() - metrics.stat().st_mtime) if metrics.exists() else "", Text(reason[:300]))
-    return table
-
-
-def _last(rows: Sequence[dict[str, Any]], name: str, form: str, kind: str | None = None) -> str:
-    values = [r[name] for r in rows if r.get(name) is not None and (kind is None or r["kind"] == kind)]
-    return format(values[-1], form) if values else ""
-
-
-def _age(seconds: float) -> str:
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+    folder = export(arguments.run, arguments.out, what=arguments.what, step=arguments.step, dtype=arguments.dtype)
+    _say(f"{arguments.what}: {folder}")
+    return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from sgpo_lib.jobs import job_runs
     from sgpo_lib.report import write_report
 
-    newest = _batches()[-1:]
+    newest = batch_folders()[-1:]
     if not arguments.batch and not newest:
         raise ValueError(f"no batch under {jobs_root()}. Start one: sgpo batch experiments/quickstart.yaml")
     name = arguments.batch or newest[0].name

@@ -34,6 +34,8 @@ from sgpo_lib.recipes import METHODS, PROFILES
 from sgpo_lib.redaction import refuse_secrets
 from sgpo_lib.runs import PACKAGE_FOLDER, is_locked, runs_root
 
+STOPPED = 75
+"""Exit code of `sgpo run` where it stopped because it was asked to: the same command continues."""
 STATES = ("done", "failed", "running", "queued", "stopped", "blocked", "waiting")
 """How a job stands. `queued`: a cluster has it; `stopped`: it began and has neither DONE nor FAILED.json; `blocked`:
 what it needs failed."""

@@ -18,11 +18,12 @@ FOLDER = Path(sgpo_lib.__file__).parent
 MAX_LINES = 350
 
 ORDER = [
-    "method_config", "config", "config_checks", "records", "prompts", "token_text", "readings",
+    "method_config", "rollout_config", "config", "config_checks", "records", "prompts", "token_text", "readings",
     "testbed_families", "testbed", "tiny", "recipes",
-    "runs", "answers", "equivalence", "reward_worker",
-    "rewards", "strategies", "sources", "sources.rows", "sources.*", "sources.catalogue", "problems", "batching",
-    "policy", "rollouts.interface", "rollouts", "rollouts.*", "losses.masked", "losses", "losses.grpo", "losses.*",
+    "redaction", "runs", "answers", "equivalence", "reward_worker",
+    "rewards", "strategies", "sources", "sources.rows", "sources.*", "sources.catalogue", "problems", "benchmarks",
+    "batching", "policy", "memory", "rollouts.interface", "rollouts.fingerprint", "rollouts", "rollouts.*",
+    "rollouts.opening", "losses.masked", "losses", "losses.grpo", "losses.*",
     "analysis", "evaluation", "bases", "extraction", "extraction.records", "extraction.words", "extraction.mentions",
     "extraction.reading", "extraction.leaks", "extraction.chat", "extraction.output", "extraction.pipeline",
     "extraction.quality", "extraction.command", "served", "widgets", "widgets.strategy_inspector",
@@ -33,8 +34,10 @@ ORDER = [
     "tracking", "objective", "trainer",
     "frames", "figures", "token_statistics", "token_figures", "static_marks", "static_axes", "static_images",
     "comparison", "study", "claims", "study_figures", "exports",
-    "method_figures", "strategy_figures", "groups_view", "live", "jobs", "pages", "report", "launch",
-    "batch_spec", "batch",
+    "method_figures", "strategy_figures", "groups_view", "live", "jobs", "pages", "kl_page", "report",
+    "endings", "execution", "launch",
+    "resources", "batch_spec", "executors", "executors.interface", "executors.attempts", "executors.child",
+    "executors.allocation", "executors.*", "batch", "status", "export",
     "cli",
 ]  # fmt: skip
 """Each module imports only from those above it. `x.*` are the remaining modules of package x, which do not import

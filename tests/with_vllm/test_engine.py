@@ -244,12 +244,14 @@ def start():
 
 if __name__ == "__main__":
     source, folder = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     policy = open_policy(source, 8)
+    move(policy, 0.3, 1)  # it babbles: no response ends early
     delivered = Delivered(start, policy, Path(folder) / "delivery", torch.float32)
-    requests = requests_of(policy, 4)
+    requests = requests_of(policy, 32)
     short = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 4}
-    delivered.sample(requests, **short)
-    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    delivered.sample(requests[:4], **short)
+    threading.Timer(2.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     try:
         delivered.sample(requests, **short | {"max_new_tokens": 380})
         print("not interrupted")

@@ -1,0 +1,1 @@
+"""Where the jobs of a batch run: one interface, on this machine, on Slurm, on Ray."""
