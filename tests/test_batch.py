@@ -157,7 +157,9 @@ def test_the_cluster_example_is_sound():
     assert all(j.resources.account == "my-project" and j.resources.time for j in plan.jobs)
     warmup, full = plan.jobs[0], plan.jobs[2]
     made = from_parameters(**warmup.parameters)
-    wanted = from_parameters(full.parameters["profile"], "sft", 0, steps=full.parameters["warmup_steps"])
+    shared = {k: v for k, v in full.parameters.items() if k not in ("method", "seed", "steps", "warmup_steps")}
+    wanted = from_parameters(method="sft", seed=0, steps=full.parameters["warmup_steps"], **shared)
+    assert wanted.rollout.engine == "vllm" and wanted.evaluation.benchmarks["aime24"]["k"] == 32
     assert made.label == wanted.label and set(full.after) == {"warmup-s0", "warmup-s1"}
 
 

@@ -32,6 +32,13 @@ def test_command_line_values(text, value):
     assert name == "a" and got == value and type(got) is type(value)
 
 
+def test_yaml_with_merged_settings():
+    text = "a: &s {x: 1, y: 2}\nb: {<<: *s, y: 3}\nc: {<<: &t {z: 4}, x: 5}\nd: *t"
+    assert jobs.read_yaml(text) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"z": 4, "x": 5}, "d": {"z": 4}}
+    with pytest.raises(ValueError, match="'y' is there twice"):
+        jobs.read_yaml("a: &s {x: 1}\nb: {<<: *s, y: 3, y: 4}")
+
+
 def test_assignment_without_equals_sign():
     with pytest.raises(ValueError, match="name=value"):
         jobs.parse_assignment("steps")
