@@ -77,8 +77,8 @@ def test_7b_on_one_gpu(tmp_path, monkeypatch, gib, settings, message):
 
 def test_a_model_larger_than_this_machine_is_refused_before_it_is_loaded(tmp_path):
     """Only a config.json is there: nothing could be loaded."""
-    shape = AutoConfig.for_model("qwen2", **(SHAPES["qwen2.5-7b"] | {"num_hidden_layers": 10_000}))
-    shape.save_pretrained(tmp_path)
+    wide = SHAPES["qwen2.5-7b"] | {"hidden_size": 57344, "intermediate_size": 229376}
+    AutoConfig.for_model("qwen2", **wide).save_pretrained(tmp_path)
     config = from_parameters("tiny", source=str(tmp_path), lora_rank=4)
     with pytest.raises(ValueError, match=r"too little memory: .*GiB.*cpu has \d+\.\d GiB"):
         memory.require_memory(config, str(tmp_path))
