@@ -141,7 +141,7 @@ def sgpo_step(session: Session, step: int) -> dict[str, Any]:
                 sums.update({"grad_norm": session.update(step)})
                 updates += 1
 
-    row = step_metrics(session, groups, works, sums, updates, step)
+    row = step_metrics(session, groups, works, sums, updates, step) | session.engine.report()
     gap, limit = row["sampler_trainer_gap"], config.rollout.max_gap
     if step == 1 or step == session.total_steps or step % KEEP_ROLLOUTS_EVERY == 0 or not gap <= limit:
         session.run.write_rollouts(step, rollout_rows(groups))
@@ -175,7 +175,7 @@ def step_metrics(session: Session, groups: Sequence[RolloutGroup], works: Sequen
         "sampler_trainer_gap": per("gap_sum", "measured_token_count"),
         "loss_grpo": sums["loss_grpo"] / updates, "grad_norm": sums["grad_norm"] / updates,
         "lr": session.learning_rate(step), "updates": updates, "tokens": tokens,
-        "tokens_per_second": tokens / session.seconds["sample"], **session.engine.report(),
+        "tokens_per_second": tokens / session.seconds["sample"],
     }
     if guided:
         row |= {

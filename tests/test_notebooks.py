@@ -44,7 +44,8 @@ def execute(folder: Path, name: str, **parameters) -> str:
     notebook = nbformat.read(job / "notebook.ipynb", as_version=4)
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
-    return "\n".join(o.get("text", "") + str(o.get("data", {}).get("text/plain", "")) +
+    # what one print writes may arrive as several messages
+    return "".join(o.get("text", "\n") + str(o.get("data", {}).get("text/plain", "")) +
                      ("PLOT" if "application/vnd.plotly.v1+json" in o.get("data", {}) else "") +
                      str(o.get("data", {}).get("text/html", "")) + str(o.get("data", {}).get("text/markdown", ""))
                      for o in outputs)
