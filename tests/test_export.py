@@ -166,8 +166,9 @@ def test_vllm_loads_both_forms(smollm2, tmp_path, what):
     base = base_source(ModelConfig(source="smollm2"))
     policy = open_policy(str(smollm2.folder), device="cpu")
     ids = policy.tokenizer.encode("First, 20 + 40 = 60 and 7 + 8 = 15. Combined this is 75.")
+    adapter = {} if what == "merged" else {"enable_lora": True, "max_lora_rank": 16}
     model = LLM(str(out) if what == "merged" else base, dtype="float32", enforce_eager=True, max_model_len=256,
-                max_num_seqs=2, seed=0, **({} if what == "merged" else {"enable_lora": True, "max_lora_rank": 16}))
+                max_num_seqs=2, seed=0, kv_cache_memory_bytes=2**28, **adapter)
     request = None if what == "merged" else LoRARequest("run", 1, str(out))
     try:
         given = model.generate(TokensPrompt(prompt_token_ids=ids), SamplingParams(max_tokens=1, prompt_logprobs=0),

@@ -89,11 +89,11 @@ def _opened(name: str, *, concurrency: int, timeout_s: float, batch: int) -> Cha
     from sgpo_lib.bases import base_source
     from sgpo_lib.policy import load_policy
     from sgpo_lib.rollouts.transformers_engine import TransformersEngine
-    from sgpo_lib.rollouts.vllm_engine import VLLMEngine
+    from sgpo_lib.rollouts.vllm_engine import VLLMEngine, cpu_arguments
 
     config = ModelConfig(source=model, lora_rank=0)
     if kind == "vllm":
-        engine = VLLMEngine(base_source(config), enforce_eager=not torch.cuda.is_available())
+        engine = VLLMEngine(base_source(config), **({} if torch.cuda.is_available() else cpu_arguments()))
         return Local(name, engine, engine.tokenizer, engine.context, batch=10 * batch)
     policy = load_policy(config, base_source(config), seed=0)
     return Local(name, TransformersEngine(policy, batch), policy.tokenizer, policy.context, batch)

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 
 from sgpo_lib.config import RunConfig
-from sgpo_lib.memory import device_memory
+from sgpo_lib.memory import GIB
 from sgpo_lib.policy import Policy
 from sgpo_lib.rollouts.delivery import Delivered
 from sgpo_lib.rollouts.interface import Engine
 from sgpo_lib.rollouts.transformers_engine import TransformersEngine
-
-_GIB = 2**30
 
 
 def open_engine(config: RunConfig, policy: Policy, source: str, folder: Path | None = None) -> Engine:
@@ -57,6 +55,8 @@ def open_engine(config: RunConfig, policy: Policy, source: str, folder: Path | N
 
 def _arguments(config: RunConfig, policy: Policy, source: str) -> dict[str, Any]:
     """Of `vllm.LLM`."""
+    from sgpo_lib.rollouts.vllm_engine import cpu_arguments
+
     rollout, model = config.rollout, config.model
     found: dict[str, Any] = {
         "dtype": rollout.sampler_dtype or model.dtype, "max_num_seqs": rollout.rollout_batch,
@@ -64,10 +64,7 @@ def _arguments(config: RunConfig, policy: Policy, source: str) -> dict[str, Any]
     if model.revision and source == model.source:
         found["revision"] = model.revision
     if policy.device.type != "cuda":
-        size = int((rollout.kv_cache_gb or 1) * _GIB)
-        _free_file_cache(size)
-        # compiling costs more minutes here than it saves; short blocks, so that short prompts are shared too
-        return found | {"enforce_eager": True, "kv_cache_memory_bytes": size, "block_size": 32}
+        return found | cpu_arguments(rollout.kv_cache_gb or 1)
     if not model.lora_rank:
         from vllm.config.weight_transfer import WeightTransferConfig
 
@@ -75,16 +72,5 @@ def _arguments(config: RunConfig, policy: Policy, source: str) -> dict[str, Any]
         # the handles of shared GPU memory travel pickled, from this process to its own child
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if rollout.kv_cache_gb:
-        found["kv_cache_memory_bytes"] = int(rollout.kv_cache_gb * _GIB)
+        found["kv_cache_memory_bytes"] = int(rollout.kv_cache_gb * GIB)
     return found | {"gpu_memory_utilization": rollout.gpu_memory_share}
-
-
-def _free_file_cache(size: int) -> None:
-    """On a CPU vLLM counts the system's file cache as memory that is taken; asking for memory once makes it leave."""
-    file = Path("/proc/meminfo")
-    told = dict(line.split(":", 1) for line in file.read_text().splitlines()) if file.exists() else {}
-    free, available = (int(told.get(name, "0 kB").split()[0]) * 1024 for name in ("MemFree", "MemAvailable"))
-    wanted = 2 * size + _GIB
-    limited = device_memory(torch.device("cpu")) < int(told.get("MemTotal", "0 kB").split()[0]) * 1024
-    if free < wanted < available and not limited:  # in a container of less memory it could end the process
-        torch.ones(wanted, dtype=torch.uint8)

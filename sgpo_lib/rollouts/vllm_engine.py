@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from sgpo_lib.memory import GIB, device_memory
 from sgpo_lib.rollouts.interface import Sample, SampleRequest, require_room
 
 SUPPORTED = (0, 32)
@@ -130,8 +133,6 @@ class VLLMEngine:
     def wake(self) -> None:
         """Take the memory again; `sample` does it by itself."""
         if self.asleep:
-            import torch
-
             torch.cuda.empty_cache()
             self.llm.wake_up()
             self.asleep = False
@@ -183,6 +184,25 @@ def require_vllm() -> None:
             if tuple(int(n) for n in version.split(".")[:2]) != SUPPORTED:
                 raise ValueError(f"the vLLM engine: got {name} {version}, expected {'.'.join(map(str, SUPPORTED))}.x, "
                                  f"whose interface it is written for: {extra}")
+
+
+def cpu_arguments(cache_gib: float = 1.0) -> dict[str, Any]:
+    """Arguments of `VLLMEngine` on a CPU. Without a size for the cache vLLM wants 92% of the machine's memory."""
+    size = int(cache_gib * GIB)
+    _free_file_cache(size)
+    # compiling costs more minutes here than it saves; short blocks, so that short prompts are shared too
+    return {"enforce_eager": True, "kv_cache_memory_bytes": size, "block_size": 32}
+
+
+def _free_file_cache(size: int) -> None:
+    """On a CPU vLLM counts the system's file cache as memory that is taken; asking for memory once makes it leave."""
+    file = Path("/proc/meminfo")
+    told = dict(line.split(":", 1) for line in file.read_text().splitlines()) if file.exists() else {}
+    free, available = (int(told.get(name, "0 kB").split()[0]) * 1024 for name in ("MemFree", "MemAvailable"))
+    wanted = 2 * size + GIB
+    limited = device_memory(torch.device("cpu")) < int(told.get("MemTotal", "0 kB").split()[0]) * 1024
+    if free < wanted < available and not limited:  # in a container of less memory it could end the process
+        torch.ones(wanted, dtype=torch.uint8)
 
 
 def _room_for(rank: int) -> int:
