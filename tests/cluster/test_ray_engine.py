@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from servers import free_port
-from worlds import Batch, RayWorld, assert_same_run, wait_for, write_notebook
+from worlds import Batch, RayWorld, assert_same_run, root_of_runs, wait_for, write_notebook
 
 from sgpo_lib.batch import make_executor
 
@@ -17,10 +17,7 @@ from sgpo_lib.batch import make_executor
 def batch_of(ray_cluster: RayWorld, runs_folder: Path, tmp_path: Path):
     """A function that makes a batch for the Ray cluster with a runs root of its own."""
     def make(jobs, name="b", **defaults) -> Batch:
-        root = tmp_path / "runs"
-        root.mkdir(exist_ok=True)
-        if not (root / "bases").exists():
-            (root / "bases").symlink_to(runs_folder / "bases")
+        root = root_of_runs(tmp_path, runs_folder)
         return Batch(tmp_path, root, jobs, name=name, engine="ray", env={"RAY_ADDRESS": ray_cluster.address},
                      **({"grace": 20} | defaults))
     return make

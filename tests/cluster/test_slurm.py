@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from worlds import Batch, SlurmWorld, assert_same_run, wait_for, write_notebook
+from worlds import Batch, SlurmWorld, assert_same_run, root_of_runs, wait_for, write_notebook
 
 from sgpo_lib.batch import make_executor
 from sgpo_lib.executors.slurm import read_nodes
@@ -22,11 +22,8 @@ FULL = ("full-sgpo-s0", "full-sgpo-s1", "full-sft_grpo-s0", "full-sft_grpo-s1")
 def batch_of(slurm: SlurmWorld, runs_folder: Path, tmp_path: Path):
     """A function that makes a batch for Slurm with a runs root of its own."""
     def make(jobs, name="b", **defaults) -> Batch:
-        root = tmp_path / "runs"
-        root.mkdir(exist_ok=True)
-        if not (root / "bases").exists():
-            (root / "bases").symlink_to(runs_folder / "bases")
         defaults = {"grace": 20, "resources": {"cpus": 1, "time": 30}} | defaults
+        root = root_of_runs(tmp_path, runs_folder)
         return Batch(tmp_path, root, jobs, name=name, engine="slurm", env=slurm.env, **defaults)
     return make
 

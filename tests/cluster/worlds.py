@@ -46,6 +46,15 @@ def write_notebook(folder: Path, name: str, *cells: str) -> None:
     nbformat.write(nb, folder / f"{name}.ipynb")
 
 
+def root_of_runs(folder: Path, runs_folder: Path) -> Path:
+    """A runs root of its own in a folder, with the bases of the session."""
+    root = folder / "runs"
+    root.mkdir(exist_ok=True)
+    if not (root / "bases").exists():
+        (root / "bases").symlink_to(runs_folder / "bases")
+    return root
+
+
 class Batch:
     """A batch file with its runs root, and `sgpo` on it as a process of its own."""
 

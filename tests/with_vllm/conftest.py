@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from rollout_world import open_policy
 from servers import free_port, running
 
 from sgpo_lib.bases import base_source
 from sgpo_lib.config import ModelConfig
+from sgpo_lib.policy import Policy
 
 MODEL = "smollm2"
 RANK = 8
@@ -20,10 +22,16 @@ RANK = 8
 
 @pytest.fixture(scope="session")
 def source() -> str:
-    """Folder of SmolLM2. Skips where vLLM is not installed."""
+    """Folder of SmolLM2. Fails where vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vLLM is not installed: make test-vllm")
+        pytest.fail("vLLM is not installed: make test-vllm")
     return base_source(ModelConfig(source=MODEL))
+
+
+@pytest.fixture(scope="module")
+def policy(source: str) -> Policy:
+    """SmolLM2 with an adapter of rank `RANK`, which a test file may change."""
+    return open_policy(source, RANK)
 
 
 @pytest.fixture(scope="session")

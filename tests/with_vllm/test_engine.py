@@ -29,11 +29,6 @@ from sgpo_lib.rollouts.interface import SampleRequest
 pytestmark = pytest.mark.vllm
 
 
-@pytest.fixture(scope="module")
-def policy(source: str) -> Policy:
-    return open_policy(source, RANK)
-
-
 @pytest.fixture
 def delivered(engine: Any, policy: Policy, tmp_path: Path) -> Delivered:
     """The shared engine for the policy with an adapter. It is not closed: other tests use it."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MODEL, RANK
-from rollout_world import SETTINGS, gap, move, open_policy, requests_of
+from rollout_world import SETTINGS, gap, move, requests_of
 from servers import free_port
 
 from sgpo_lib.policy import Policy
@@ -20,11 +20,6 @@ from sgpo_lib.rollouts.server_engine import ServerEngine
 from sgpo_lib.trainer import train
 
 pytestmark = pytest.mark.vllm
-
-
-@pytest.fixture(scope="module")
-def policy(source: str) -> Policy:
-    return open_policy(source, RANK)
 
 
 @pytest.fixture
