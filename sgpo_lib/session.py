@@ -25,6 +25,7 @@ from sgpo_lib.benchmarks import Benchmark
 from sgpo_lib.config import RunConfig
 from sgpo_lib.evaluation import Evaluation, evaluate
 from sgpo_lib.guided_side import GuidedSide
+from sgpo_lib.interrupts import Interrupts
 from sgpo_lib.losses.token_kl import token_logp_and_entropy
 from sgpo_lib.memory import require_memory
 from sgpo_lib.policy import Policy, load_policy
@@ -78,8 +79,8 @@ class Session(OpenModel):
     """Lowest validation loss so far (supervised runs)."""
     best_step: int = -1
     """Step of `best_loss`; -1 where there is none."""
-    updating: bool = False
-    """Set while weights change inside a step: what is in memory is then no state to save."""
+    interrupts: Interrupts = field(default_factory=Interrupts)
+    """Ctrl-C waits from the first update of a step to its end."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of the current step by phase."""
     benchmarks: list[Benchmark] = field(default_factory=list)
@@ -130,7 +131,7 @@ class Session(OpenModel):
                                      "train.lr or look at the last rollouts")
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        self.updating = True
+        self.interrupts.hold()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.guided_side.follow()

@@ -87,9 +87,18 @@ def _loop(session: Session, on_row: OnRow | None) -> None:
             evaluation = session.evaluate(problems, config.evaluation.eval_k, (config.seed, "eval", step))
             log({"kind": "eval", "step": step, **evaluation.row()})
 
+    def complete(step: int) -> None:
+        """Validation and checkpoint after a step; of a step that was cut off there, what is missing."""
+        every, last = config.evaluation.eval_every, step == session.total_steps
+        due = last or step == 0 or bool(every and step % every == 0)
+        if due and step not in {row["step"] for row in run.metrics("eval")}:
+            validate(step)
+        keep = bool(config.train.save_every and step % config.train.save_every == 0)
+        if step and (step == session.best_step or ((last or keep) and step != session.saved_step)):
+            session.save()
+
     try:
-        if session.step == 0 and not run.metrics("eval"):
-            validate(0)
+        complete(session.step)
         for step in range(session.step + 1, session.total_steps + 1):
             started, cpu = time.perf_counter(), time.process_time()
             session.seconds = {}
@@ -98,20 +107,17 @@ def _loop(session: Session, on_row: OnRow | None) -> None:
             log({"kind": "supervised" if supervised else "train", "step": step, **metrics, **seconds,
                  "seconds_step": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu})
             session.step = step
-            every, last = config.evaluation.eval_every, step == session.total_steps
-            if last or (every and step % every == 0):
-                validate(step)
-            session.updating = False  # only now: an evaluation that is cut off comes again with its step
-            if last or session.best_step == step or (config.train.save_every and step % config.train.save_every == 0):
-                session.save()
-            if not last and stop_requested():
+            session.interrupts.release()
+            complete(step)
+            if step < session.total_steps and stop_requested():
                 raise Stopped(f"asked to stop after step {step} of {session.total_steps}")
         _finish(session, log)
     except KeyboardInterrupt:
-        if not session.updating and session.step != session.saved_step:
+        if not session.interrupts.holding and session.step != session.saved_step:
             session.save()  # the state after the last whole step: only the current step is lost
         raise
     finally:
+        session.interrupts.restore()
         tracker.close()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 
 from sgpo_lib.recipes import METHODS, from_parameters
 from sgpo_lib.runs import CLOCK_PREFIXES, Run, Stopped, load_run
+from sgpo_lib.session import Session
 from sgpo_lib.trainer import train
 
 
@@ -147,18 +150,39 @@ def test_the_first_step_is_on_policy_and_several_updates_are_not(base, tmp_path)
     assert many.metrics("train")[-1]["policy_clip_share"] > 0
 
 
-def test_an_evaluation_that_is_cut_off_comes_again(base, tmp_path):
-    """Ctrl-C between a step and the end of its evaluation: the step is redone, no evaluation is missing."""
+def test_an_evaluation_that_is_cut_off_comes_again(base, tmp_path, monkeypatch):
+    """Ctrl-C in the evaluation after a step: the step is kept, and its evaluation is made when the run goes on."""
     config = small(base, "grpo8", steps=4)
     whole = train(config, root=tmp_path / "whole")
+    evaluate = Session.evaluate
 
-    def interrupt(row):
-        if row["kind"] == "eval" and row["step"] == 2:
-            raise KeyboardInterrupt
+    def interrupted(session, problems, k, key):
+        if key[1:] == ("eval", 2):
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(session, problems, k, key)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Session, "evaluate", interrupted)
+        train(config, root=tmp_path / "broken")
+    broken = load_run(tmp_path / "broken" / config.label)
+    assert [r["step"] for r in broken.metrics("eval")] == [0] and broken.checkpoints()[-1].name == "step-000002"
+    assert timeless(train(config, root=tmp_path / "broken").metrics()) == timeless(whole.metrics())
+
+
+@pytest.mark.parametrize(("presses", "kept"), [(1, ["step-000003"]), (2, [])])
+def test_ctrl_c_waits_while_weights_change(base, tmp_path, presses, kept):
+    """The first waits for the end of the step, which is saved; the second does not, and nothing torn is saved."""
+    config, before = small(base, "grpo8", save_every=0, eval_every=0), signal.getsignal(signal.SIGINT)
+
+    def press(row):
+        if row["kind"] == "train" and row["step"] == 3:
+            for _ in range(presses):
+                os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        train(config, root=tmp_path / "broken", on_row=interrupt)
-    assert timeless(train(config, root=tmp_path / "broken").metrics()) == timeless(whole.metrics())
+        train(config, root=tmp_path, on_row=press)
+    assert [p.name for p in load_run(tmp_path / config.label).checkpoints()] == kept
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_changed_problems_are_noticed(base, tmp_path):
