@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from sgpo_lib.compute_config import ComputeConfig
 from sgpo_lib.method_config import MethodConfig
 from sgpo_lib.rollout_config import RolloutConfig
 
@@ -36,6 +37,9 @@ class ModelConfig:
     """Commit or tag of a hub model; empty takes the newest and records which it was."""
     dtype: str = "float32"
     """Weights and activations: `float32` or `bfloat16`."""
+    compute_dtype: str = ""
+    """`bfloat16` with all weights training: forward and backward passes in it, while weights and optimizer stay in
+    float32 (FSDP2's mixed precision). Empty computes in `dtype`."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ... ; `auto` takes CUDA where there is one."""
     attention: str = "sdpa"
@@ -119,6 +123,9 @@ class TrainConfig:
     """Passes over each sampled batch."""
     micro_batch: int = 128
     """Sequences per forward and backward pass. Changes memory and speed, not the result."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each layer and compute the rest again in the backward pass. Changes memory and speed, not
+    the result."""
     layout: str = "right"
     """How the sequences of a micro-batch share a forward pass: padded on the `right` or `left`, or `packed` into one
     row with attention inside each sequence only. Changes speed, not the result."""
@@ -198,11 +205,15 @@ class RunConfig:
     """Optimisation."""
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     """Evaluation."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    """Devices. Runs that differ here alone are the same run."""
 
     @property
     def fingerprint(self) -> str:
-        """12 hex digits over every field: equal configurations, equal fingerprints."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """12 hex digits over every field but `compute`: the same run, the same fingerprint."""
+        fields = dataclasses.asdict(self)
+        del fields["compute"]
+        text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property

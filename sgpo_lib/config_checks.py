@@ -18,12 +18,14 @@ def validate(config: RunConfig) -> RunConfig:
 
     Raises ValueError naming field, value, what is allowed and the cure; all faults at once.
     """
-    m, t, d, r, e = config.method, config.train, config.data, config.rollout, config.evaluation
+    m, t, d, r, e, c = config.method, config.train, config.data, config.rollout, config.evaluation, config.compute
     rl = m.objective == "rl"
     choices = [
         *((f"method.{name}", getattr(m, name), words) for name, words in CHOICES.items()),
         ("model.dtype", config.model.dtype, ("float32", "bfloat16")),
-        ("rollout.engine", r.engine, ("transformers", "vllm", "server")),
+        ("model.compute_dtype", config.model.compute_dtype, ("", "bfloat16")),
+        ("compute.engine", c.engine, ("local", "ray")),
+        ("rollout.sampler", r.sampler, ("transformers", "vllm", "server")),
         ("rollout.sampler_dtype", r.sampler_dtype, ("", "float32", "bfloat16")),
         ("train.layout", t.layout, ("right", "left", "packed")),
         ("train.lr_schedule", t.lr_schedule, ("constant", "linear", "cosine")),
@@ -80,20 +82,20 @@ def validate(config: RunConfig) -> RunConfig:
         (0 < r.top_p <= 1, "rollout.top_p", r.top_p, "above 0, at most 1"),
         (0 < e.eval_top_p <= 1, "evaluation.eval_top_p", e.eval_top_p, "above 0, at most 1"),
         (r.max_new_tokens >= 1, "rollout.max_new_tokens", r.max_new_tokens, "at least 1"),
-        (bool(r.server) == (r.engine == "server"), "rollout.server", r.server,
-         "an address such as http://node7:8000/v1 with rollout.engine='server', else empty"),
-        (r.engine != "server" or config.model.lora_rank > 0, "model.lora_rank", config.model.lora_rank,
-         "above 0 with rollout.engine='server': it takes adapters; all weights need engine='vllm'"),
-        (r.engine == "transformers" or config.model.lora_dropout == 0, "model.lora_dropout", config.model.lora_dropout,
-         "0 with rollout.engine='vllm' or 'server': vLLM has none"),
-        (r.engine == "transformers" or config.model.lora_rank <= 512, "model.lora_rank", config.model.lora_rank,
-         "at most 512 with rollout.engine='vllm' or 'server': vLLM's kernels take no more"),
-        (r.engine == "transformers" or not {"lm_head", "embed_tokens"} & set(config.model.lora_targets.split(",")),
+        (bool(r.server) == (r.sampler == "server"), "rollout.server", r.server,
+         "an address such as http://node7:8000/v1 with rollout.sampler='server', else empty"),
+        (r.sampler != "server" or config.model.lora_rank > 0, "model.lora_rank", config.model.lora_rank,
+         "above 0 with rollout.sampler='server': it takes adapters; all weights need sampler='vllm'"),
+        (r.sampler == "transformers" or config.model.lora_dropout == 0, "model.lora_dropout", config.model.lora_dropout,
+         "0 with rollout.sampler='vllm' or 'server': vLLM has none"),
+        (r.sampler == "transformers" or config.model.lora_rank <= 512, "model.lora_rank", config.model.lora_rank,
+         "at most 512 with rollout.sampler='vllm' or 'server': vLLM's kernels take no more"),
+        (r.sampler == "transformers" or not {"lm_head", "embed_tokens"} & set(config.model.lora_targets.split(",")),
          "model.lora_targets", config.model.lora_targets,
-         "no lm_head and embed_tokens with rollout.engine='vllm' or 'server': their adapters cannot be compared"),
+         "no lm_head and embed_tokens with rollout.sampler='vllm' or 'server': their adapters cannot be compared"),
         (0 < r.gpu_memory_share < 1, "rollout.gpu_memory_share", r.gpu_memory_share, "above 0, below 1"),
         (r.max_gap > 0, "rollout.max_gap", r.max_gap, "above 0 nats; inf for no limit"),
-        (not r.sleep or r.engine == "vllm", "rollout.sleep", r.sleep, "false unless rollout.engine='vllm'"),
+        (not r.sleep or r.sampler == "vllm", "rollout.sleep", r.sleep, "false unless rollout.sampler='vllm'"),
         (r.rollout_batch >= 1, "rollout.rollout_batch", r.rollout_batch, "at least 1"),
         (e.eval_k >= 1, "evaluation.eval_k", e.eval_k, "at least 1"),
         (e.test_k >= 1, "evaluation.test_k", e.test_k, "at least 1; data.n_test = 0 for no final evaluation"),
@@ -102,6 +104,21 @@ def validate(config: RunConfig) -> RunConfig:
         (0 <= config.model.lora_dropout < 1, "model.lora_dropout", config.model.lora_dropout,
          "0 up to, not including, 1"),
         (config.model.lora_rank >= 0, "model.lora_rank", config.model.lora_rank, "0 (train all weights) or more"),
+        (c.workers >= 1, "compute.workers", c.workers, "at least 1"),
+        (c.workers == 1 or c.engine == "ray", "compute.workers", c.workers, "1 with compute.engine='local'; several "
+         "need engine='ray'"),
+        (c.worker_cpus >= 1, "compute.worker_cpus", c.worker_cpus, "at least 1"),
+        (c.worker_restarts >= 0, "compute.worker_restarts", c.worker_restarts, "0 or more"),
+        (c.workers < 1 or t.problems_per_step % c.workers == 0, "train.problems_per_step", t.problems_per_step,
+         f"a multiple of compute.workers = {c.workers}, so that every worker has as much to do"),
+        (c.workers < 1 or t.mini_batch % c.workers == 0, "train.mini_batch", t.mini_batch,
+         f"a multiple of compute.workers = {c.workers}"),
+        (not config.model.compute_dtype or (config.model.dtype == "float32" and not config.model.lora_rank),
+         "model.compute_dtype", config.model.compute_dtype, "empty unless all weights train (lora_rank=0) in "
+         "dtype='float32'; an adapter is in float32 over a base of any dtype"),
+        ((c.workers == 1 and not config.model.compute_dtype) or config.model.lora_rank > 0 or m.guided_side == "live",
+         "method.guided_side", m.guided_side, "'live' where the weights are sharded (all weights train on several "
+         "workers, or with model.compute_dtype): a copy of them is not"),
         (config.reward.reward_deadline_s > 0, "reward.reward_deadline_s", config.reward.reward_deadline_s, "above 0"),
         (config.reward.reward_workers >= 1, "reward.reward_workers", config.reward.reward_workers, "at least 1"),
     ]

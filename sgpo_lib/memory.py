@@ -63,7 +63,7 @@ def least(config: RunConfig, source: str) -> Need:
     else:
         training = 3 * width * count
     sampler = 0
-    if rollout.engine == "vllm":
+    if rollout.sampler == "vllm":
         size = _BYTES[rollout.sampler_dtype or model.dtype]
         context = min(model.context or shape.max_position_embeddings, shape.max_position_embeddings)
         cache = int(rollout.kv_cache_gb * GIB) or context * cache_per_token(shape, size)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 class RolloutConfig:
     """How responses are sampled."""
 
-    engine: str = "transformers"
+    sampler: str = "transformers"
     """What samples: `transformers` (the weights that train), `vllm` (in this process), `server` (an OpenAI-compatible
     vLLM server with LoRA adapters)."""
     server: str = ""
-    """Address of the server for engine `server`, such as http://node7:8000/v1. Its key comes from the environment."""
+    """Address of the server for sampler `server`, such as http://node7:8000/v1. Its key comes from the environment."""
     sampler_dtype: str = ""
     """Weights and activations of vLLM: `float32` or `bfloat16`; empty takes model.dtype."""
     gpu_memory_share: float = 0.4

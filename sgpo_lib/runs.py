@@ -218,9 +218,11 @@ def open_run(config: RunConfig, root: Path | None = None, name: str | None = Non
             file.write(f"{folder}\n")
     if (folder / "config.yaml").exists():
         there = from_yaml(folder / "config.yaml")
-        if there != config:
-            raise ValueError(f"run folder {folder} holds another configuration:\n  " +
-                             "\n  ".join(difference(there, config)) + "\nUse another name, or delete the folder")
+        if other := [line for line in difference(there, config) if not line.startswith("compute.")]:
+            raise ValueError(f"run folder {folder} holds another configuration:\n  " + "\n  ".join(other) +
+                             "\nUse another name, or delete the folder")
+        if there != config:  # other devices: the same run
+            write_atomic(folder / "config.yaml", to_yaml(config))
         return Run(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))

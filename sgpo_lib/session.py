@@ -172,7 +172,7 @@ def open_model(config: RunConfig, policy: Policy | None = None, folder: Path | N
     if config.train.torch_threads:
         torch.set_num_threads(config.train.torch_threads)
     splits = load(config.data)
-    given = policy is not None and config.rollout.engine == "transformers"
+    given = policy is not None and config.rollout.sampler == "transformers"
     source = "" if given else base_source(config.model)
     if policy is None:
         require_memory(config, source)

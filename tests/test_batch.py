@@ -159,7 +159,7 @@ def test_the_cluster_example_is_sound():
     made = from_parameters(**warmup.parameters)
     shared = {k: v for k, v in full.parameters.items() if k not in ("method", "seed", "steps", "warmup_steps")}
     wanted = from_parameters(method="sft", seed=0, steps=full.parameters["warmup_steps"], **shared)
-    assert wanted.rollout.engine == "vllm" and wanted.evaluation.benchmarks["aime24"]["k"] == 32
+    assert wanted.rollout.sampler == "vllm" and wanted.evaluation.benchmarks["aime24"]["k"] == 32
     assert made.label == wanted.label and set(full.after) == {"warmup-s0", "warmup-s1"}
 
 

@@ -159,7 +159,7 @@ def test_all_faults_are_told_at_once():
     bad: dict[str, Any] = {
         "g1": 1, "g2": 0, "alpha_gamma": 0.0, "alpha_max": -0.1, "kl_delta": 0.0, "clip_low": 1.5, "clip_high": 0.0,
         "lr": 0.0, "top_p": 1.5, "temperature": 0.0, "max_new_tokens": 0, "problems_per_step": 0, "n_train": 0,
-        "warmup_share": 1.0, "lr_schedule": "wavy", "engine": "magic", "dtype": "float16", "track": "paper",
+        "warmup_share": 1.0, "lr_schedule": "wavy", "sampler": "magic", "dtype": "float16", "track": "paper",
         "advantage_std": "robust", "reward_workers": 0, "reward_deadline_s": 0.0, "lora_rank": -1,
         "micro_batch": 0, "updates_per_batch": 0, "kl_chunk_tokens": 0, "keep_checkpoints": 0, "steps": -1,
         "lr_warmup_ratio": 2.0, "eval_temperature": -1.0, "eval_top_p": 0.0,

@@ -104,7 +104,7 @@ def test_what_trains_decides_whether_there_is_something_to_deliver(policy):
 # --- runs ------------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_vllm_that_is_not_installed_is_told_before_any_work(base, tmp_path):
-    config = from_parameters("tiny", "sgpo", 0, source=str(base), engine="vllm", steps=1)
+    config = from_parameters("tiny", "sgpo", 0, source=str(base), sampler="vllm", steps=1)
     with pytest.raises(ValueError, match=r"needs the package vllm: pip install sgpo-workbench\[vllm\]"):
         train(config, root=tmp_path)
     assert not (tmp_path / config.label / "metrics.jsonl").exists()
@@ -123,13 +123,13 @@ def test_a_gap_above_the_limit_stops_the_run(base, tmp_path):
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"engine": "vlm"}, "rollout.engine: got 'vlm', expected one of 'transformers', 'vllm', 'server'"),
-    ({"engine": "server", "lora_rank": 4}, "rollout.server: got '', expected an address"),
+    ({"sampler": "vlm"}, "rollout.sampler: got 'vlm', expected one of 'transformers', 'vllm', 'server'"),
+    ({"sampler": "server", "lora_rank": 4}, "rollout.server: got '', expected an address"),
     ({"server": "http://a:1/v1"}, "rollout.server: got 'http://a:1/v1'.*else empty"),
-    ({"engine": "server", "server": "http://a:1/v1"}, "model.lora_rank: got 0, expected above 0 with rollout.engine"),
-    ({"engine": "vllm", "lora_rank": 4, "lora_dropout": 0.1}, "model.lora_dropout: got 0.1"),
-    ({"engine": "vllm", "lora_rank": 600}, "model.lora_rank: got 600, expected at most 512"),
-    ({"engine": "vllm", "lora_rank": 4, "lora_targets": "q_proj,lm_head"}, "model.lora_targets: got 'q_proj,lm_head'"),
+    ({"sampler": "server", "server": "http://a:1/v1"}, "model.lora_rank: got 0, expected above 0 with rollout.sampler"),
+    ({"sampler": "vllm", "lora_rank": 4, "lora_dropout": 0.1}, "model.lora_dropout: got 0.1"),
+    ({"sampler": "vllm", "lora_rank": 600}, "model.lora_rank: got 600, expected at most 512"),
+    ({"sampler": "vllm", "lora_rank": 4, "lora_targets": "q_proj,lm_head"}, "model.lora_targets: got 'q_proj,lm_head'"),
     ({"sleep": True}, "rollout.sleep: got True"), ({"gpu_memory_share": 1.0}, "gpu_memory_share: got 1.0"),
     ({"max_gap": 0.0}, "rollout.max_gap: got 0.0"), ({"kv_cache_gb": -1.0}, "rollout.kv_cache_gb: got -1.0"),
     ({"sampler_dtype": "float16"}, "rollout.sampler_dtype: got 'float16'")])

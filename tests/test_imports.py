@@ -18,8 +18,8 @@ FOLDER = Path(sgpo_lib.__file__).parent
 MAX_LINES = 350
 
 ORDER = [
-    "method_config", "rollout_config", "config", "config_checks", "records", "prompts", "token_text", "readings",
-    "testbed_families", "testbed", "tiny", "recipes",
+    "compute_config", "method_config", "rollout_config", "config", "config_checks", "records", "prompts",
+    "token_text", "readings", "testbed_families", "testbed", "tiny", "recipes",
     "redaction", "runs", "answers", "equivalence", "reward_worker",
     "rewards", "strategies", "sources", "sources.rows", "sources.*", "sources.catalogue", "problems", "benchmarks",
     "batching", "policy", "memory", "rollouts.interface", "rollouts.fingerprint", "rollouts", "rollouts.*",
@@ -30,7 +30,7 @@ ORDER = [
     "widgets.run_monitor.curves", "widgets.run_monitor.following", "widgets.run_monitor.*", "widgets.run_monitor",
     "widgets.token_kl.metrics", "widgets.token_kl.ramps", "widgets.token_kl.panes", "widgets.token_kl.payload",
     "widgets.token_kl.static", "widgets.token_kl.page", "widgets.token_kl", "microscope",
-    "guided_side", "session", "policy_sources", "supervised",
+    "guided_side", "interrupts", "session", "policy_sources", "supervised",
     "tracking", "objective", "trainer",
     "frames", "figures", "token_statistics", "token_figures", "static_marks", "static_axes", "static_images",
     "comparison", "study", "claims", "study_figures", "exports",

@@ -34,7 +34,7 @@ def shaped(request, tmp_path):
 def test_the_paper_models_by_hand(shaped):
     name, source = shaped
     count, shape = PUBLISHED[name], SHAPES[name]
-    full = memory.least(from_parameters(name, engine="vllm"), source)
+    full = memory.least(from_parameters(name, sampler="vllm"), source)
     assert full.weights == pytest.approx(2 * count, rel=0.005) and full.training == 3 * full.weights
     cache = 2 * 28 * shape["num_key_value_heads"] * 128 * 2
     assert full.sampler == full.weights + 32768 * cache
@@ -44,7 +44,7 @@ def test_the_paper_models_by_hand(shaped):
     assert (lora.weights, lora.training, lora.sampler) == (full.weights, 4 * 4 * adapter, 0)
     few = memory.least(from_parameters(name, lora_rank=16, lora_targets="q_proj,v_proj"), source)
     assert few.training == 4 * 4 * 16 * 28 * (2 * h + h + kv)
-    cached = memory.least(from_parameters(name, engine="vllm", kv_cache_gb=3.0), source)
+    cached = memory.least(from_parameters(name, sampler="vllm", kv_cache_gb=3.0), source)
     assert cached.sampler == full.weights + 3 * memory.GIB
 
 
@@ -57,10 +57,10 @@ def test_the_shape_of_an_adapter_is_the_one_that_peft_makes(base):
 @pytest.mark.parametrize(("gib", "settings", "message"), [
     (40, {}, r"at least 56\.\d GiB \(weights 14\.\d, gradients and optimizer 42\.\d GiB\), cuda:0 has 40\.0 GiB\. "
              r".*lora_rank=16"),
-    (80, {}, None), (80, {"engine": "vllm"}, r"at least 56\.\d GiB .*cuda:0 has 80\.0 GiB, 0\.6 of it beside vLLM"),
-    (96, {"engine": "vllm", "sleep": True}, None), (56, {"engine": "vllm", "sleep": True}, r"at least 5\d\.\d GiB"),
-    (80, {"engine": "vllm", "lora_rank": 16}, None),
-    (24, {"engine": "vllm", "lora_rank": 16, "gpu_memory_share": 0.3},
+    (80, {}, None), (80, {"sampler": "vllm"}, r"at least 56\.\d GiB .*cuda:0 has 80\.0 GiB, 0\.6 of it beside vLLM"),
+    (96, {"sampler": "vllm", "sleep": True}, None), (56, {"sampler": "vllm", "sleep": True}, r"at least 5\d\.\d GiB"),
+    (80, {"sampler": "vllm", "lora_rank": 16}, None),
+    (24, {"sampler": "vllm", "lora_rank": 16, "gpu_memory_share": 0.3},
      r"vLLM needs at least 15\.9 GiB.*gpu_memory_share = 0\.3 of it. Raise the share")])
 def test_7b_on_one_gpu(tmp_path, monkeypatch, gib, settings, message):
     """What fits on GPUs of these sizes, which this machine need not have."""

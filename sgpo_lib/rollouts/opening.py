@@ -23,13 +23,13 @@ def open_engine(config: RunConfig, policy: Policy, source: str, folder: Path | N
     Raises ValueError for whatever cannot work: vLLM missing or of another version, no server, sleep on a CPU.
     """
     rollout = config.rollout
-    if rollout.engine == "transformers":
+    if rollout.sampler == "transformers":
         return TransformersEngine(policy, rollout.rollout_batch)
     if any(type(module).__name__ == "Conv1D" for module in policy.model.modules()):
-        raise ValueError(f"rollout.engine: got {rollout.engine!r} for a model with transposed matrices (GPT-2), whose "
-                         "weights cannot be compared with vLLM's. Use engine='transformers'")
+        raise ValueError(f"rollout.sampler: got {rollout.sampler!r} for a model with transposed matrices (GPT-2), "
+                         "whose weights cannot be compared with vLLM's. Use sampler='transformers'")
     dtype = getattr(torch, rollout.sampler_dtype or config.model.dtype)
-    if rollout.engine == "server":
+    if rollout.sampler == "server":
         from sgpo_lib.rollouts.server_engine import ServerEngine
 
         server = ServerEngine(rollout.server, stop_ids=policy.stop_ids(), concurrency=rollout.rollout_batch)

@@ -37,7 +37,7 @@ class ServerEngine:
     def __init__(self, address: str, *, stop_ids: Sequence[int] = (), concurrency: int = 64, retries: int = 5,
                  timeout_s: float = 3600.0):
         if importlib.util.find_spec("openai") is None:
-            raise ValueError("rollout.engine='server' needs the package openai: pip install sgpo-workbench[extract]")
+            raise ValueError("rollout.sampler='server' needs the package openai: pip install sgpo-workbench[extract]")
         if not re.match(r"https?://[^/]+/v1/?$", address):
             raise ValueError(f"rollout.server: got {address!r}, expected an address such as http://node7:8000/v1")
         import openai
@@ -116,7 +116,7 @@ class ServerEngine:
 
     def load_weights(self, folder: Path) -> None:
         """Raises ValueError: a server takes adapters."""
-        raise ValueError("rollout.engine='server' takes LoRA adapters only: set model.lora_rank, or engine='vllm'")
+        raise ValueError("rollout.sampler='server' takes LoRA adapters only: set model.lora_rank, or sampler='vllm'")
 
     def receive_weights(self, model: Any) -> None:
         """Raises ValueError: a server takes adapters."""

@@ -18,7 +18,7 @@ from sgpo_lib.trainer import train
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("source", "importable")]
 SMALL: dict[str, Any] = {
-    "engine": "vllm", "kv_cache_gb": 0.5, "context": 512, "max_new_tokens": 8, "problems_per_step": 2, "lr": 1e-3,
+    "sampler": "vllm", "kv_cache_gb": 0.5, "context": 512, "max_new_tokens": 8, "problems_per_step": 2, "lr": 1e-3,
     "n_train": 32, "n_validation": 0, "rollout_batch": 24, "reward": "rewards_for_tests:coin"}
 
 
@@ -57,7 +57,7 @@ def test_notebook_06_runs_headless_with_vllm_and_lora(tmp_path):
     assert done.returncode == 0, done.stderr + (tmp_path / "job" / "log.txt").read_text()[-3000:]
     runs = [load_run(line) for line in (tmp_path / "job" / "runs.txt").read_text().splitlines()]
     run = next(r for r in runs if r.config.method.method == "sgpo")
-    assert run.done and run.config.rollout.engine == "vllm" and run.config.model.lora_rank == 16
+    assert run.done and run.config.rollout.sampler == "vllm" and run.config.model.lora_rank == 16
     assert run.summary["test"]["problems"] == 4 and run.summary["test"]["k"] == 2
     assert all(r["sampler_trainer_gap"] < 1e-4 and r["weights_verified"] == 1 for r in run.metrics("train"))
     page = (tmp_path / "job" / "report.html").read_text()

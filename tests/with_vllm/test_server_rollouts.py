@@ -84,7 +84,7 @@ def test_a_server_that_does_not_tell_must_be_allowed(delivered, policy, monkeypa
 
 
 def test_a_run_samples_from_a_server(server, source, tmp_path):
-    config = from_parameters("smollm2", "sgpo", 0, steps=1, engine="server", server=f"{server}/v1", lora_rank=RANK,
+    config = from_parameters("smollm2", "sgpo", 0, steps=1, sampler="server", server=f"{server}/v1", lora_rank=RANK,
                              problems_per_step=1, max_new_tokens=8, n_validation=0, n_test=0, context=512)
     row = train(config, root=tmp_path).metrics("train")[0]
     assert row["sampler_trainer_gap"] < 1e-4 and row["weights_verified"] == 1 and row["weights_version"] == 1
@@ -95,7 +95,7 @@ def test_a_run_samples_from_a_server(server, source, tmp_path):
     ("127.0.0.1:8000", "expected an address such as"), ("http://127.0.0.1:8000", "expected an address such as"),
     ("http://127.0.0.1:{}/v1", "no server answers at http://127.0.0.1")])
 def test_an_address_without_a_server_is_told_before_any_work(address, message, tmp_path):
-    config = from_parameters("smollm2", "sgpo", 0, steps=1, engine="server", server=address.format(free_port()))
+    config = from_parameters("smollm2", "sgpo", 0, steps=1, sampler="server", server=address.format(free_port()))
     with pytest.raises((ValueError, RuntimeError), match=message):
         train(config, root=tmp_path)
     assert not (tmp_path / config.label / "metrics.jsonl").exists()
