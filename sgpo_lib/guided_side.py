@@ -31,8 +31,9 @@ class GuidedSide:
     def states(self, batch: TokenBatch) -> tuple[Tensor, Head]:
         """(hidden_NH, (matrix_VH, bias_V)) of the response tokens of a batch of guided prompts."""
         with self._in_place():
+            hidden_NH = self.policy.response_hidden(batch)
             matrix, bias = self.policy.head()
-            return self.policy.response_hidden(batch), (matrix.detach(), None if bias is None else bias.detach())
+            return hidden_NH, (matrix.detach(), None if bias is None else bias.detach())
 
     @torch.no_grad()
     def follow(self) -> None:

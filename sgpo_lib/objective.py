@@ -1,7 +1,8 @@
 """What a batch of groups means for the weights: plan (advantages, targets, alpha), then gradients of Eq. 7.
 
 Each `accumulate_` function adds one term's gradient of a mini-batch, micro-batch by micro-batch, and its sums to
-`sums`. Means are over the mini-batch: counts are taken before it is cut, so the cut does not change the result.
+`sums`. Means are over the mini-batch: counts are taken before it is cut into micro-batches, and over all workers that
+share it, so the cut does not change the result.
 
 Every RL method is these terms with other fields of `MethodConfig`:
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sgpo_lib.batching import Row, TokenBatch, micro_batches
+from sgpo_lib.batching import Row, TokenBatch
 from sgpo_lib.config import MethodConfig
 from sgpo_lib.losses.distillation import clipped_kl_loss, select_targets
 from sgpo_lib.losses.grpo import entropy_bonus, group_advantages, grpo_loss
@@ -83,7 +84,7 @@ def _reach(session: Session, groups: Sequence[RolloutGroup]) -> dict[int, float]
     correct = [(g, o) for g in groups for o, ok in zip(g.guided, _correct(g.guided), strict=True) if ok]
     rows: list[Row] = [(g.unguided_prompt_ids, o.token_ids) for g, o in correct]
     reach: dict[int, float] = {}
-    for part in micro_batches(rows, session.config.train.micro_batch):
+    for part in session.micro_batches(rows, learns=False):
         batch = _token_batch(session, rows, part)
         sums_B = sum_by_row(session.logp_and_entropy(batch)[0], batch.row_N, len(part))
         reach.update({id(correct[i][1]): value for i, value in zip(part, sums_B.tolist(), strict=True)})
@@ -107,7 +108,7 @@ def autonomous_logp(session: Session, works: Sequence[ProblemWork]) -> dict[int,
     rollouts = [o for w in works for o in w.group.autonomous]
     rows: list[Row] = [(o.prompt_ids, o.token_ids) for o in rollouts]
     old: dict[int, torch.Tensor] = {}
-    for part in micro_batches(rows, session.config.train.micro_batch):
+    for part in session.micro_batches(rows, learns=False):
         batch = _token_batch(session, rows, part)
         pieces = session.logp_and_entropy(batch)[0].split(batch.length_B.tolist())
         old.update({id(rollouts[i]): piece for i, piece in zip(part, pieces, strict=True)})
@@ -117,18 +118,23 @@ def autonomous_logp(session: Session, works: Sequence[ProblemWork]) -> dict[int,
 def accumulate(session: Session, works: Sequence[ProblemWork], old_logp: dict[int, torch.Tensor] | None,
                sums: Sums) -> None:
     """Gradient of a mini-batch's whole loss. `old_logp` is None where the batch's first update is its only one."""
-    counts = _counts(session, works)
+    counts, problems = _counts(session, works)
     accumulate_policy_gradient(session, works, old_logp, counts, sums)
-    accumulate_expert(session, works, counts, sums)
-    accumulate_distillation(session, works, sums)
+    accumulate_expert(session, works, counts, problems, sums)
+    accumulate_distillation(session, works, problems, sums)
 
 
-def _counts(session: Session, works: Sequence[ProblemWork]) -> Counts:
-    """Responses that share the policy gradient's mean; HPT's dropped ones count, so that each problem weighs 1/B."""
+def _counts(session: Session, works: Sequence[ProblemWork]) -> tuple[Counts, int]:
+    """What the mini-batch's means divide by, over all workers: (responses of the policy gradient, problems).
+
+    HPT's dropped responses count, so that each problem weighs 1/B.
+    """
     rollouts = [o for w in works for o in w.group.autonomous]
     if session.config.method.expert == "group":
         rollouts += [w.group.expert for w in works if w.group.expert]
-    return Counts(len(rollouts), sum(len(o.token_ids) for o in rollouts), session.config.rollout.max_new_tokens)
+    total = session.world.added(collections.Counter(
+        rows=len(rollouts), tokens=sum(len(o.token_ids) for o in rollouts), problems=len(works)))
+    return Counts(total["rows"], total["tokens"], session.config.rollout.max_new_tokens), total["problems"]
 
 
 def accumulate_policy_gradient(session: Session, works: Sequence[ProblemWork],
@@ -139,7 +145,7 @@ def accumulate_policy_gradient(session: Session, works: Sequence[ProblemWork],
         flat = [(o, a) for w in works if learns == (method.policy_gradient and not w.imitates)
                 for o, a in zip(w.group.autonomous, w.advantages, strict=True)]
         rows: list[Row] = [(o.prompt_ids, o.token_ids) for o, _ in flat]
-        for part in micro_batches(rows, session.config.train.micro_batch):
+        for part in session.micro_batches(rows, learns=learns):
             batch = _token_batch(session, rows, part)
             with torch.set_grad_enabled(learns):
                 logp_N, entropy_N = session.logp_and_entropy(batch, entropy_gradient=method.entropy_coefficient > 0)
@@ -154,7 +160,7 @@ def accumulate_policy_gradient(session: Session, works: Sequence[ProblemWork],
             output = grpo_loss(logp_N, old_N, batch.spread(advantage_B), weight_N, method.clip_low, method.clip_high)
             sums.update(output.metrics)
             sums.update({"loss_grpo": float(output.loss.detach())})
-            (output.loss + _bonus(method, entropy_N, weight_N, sums)).backward()
+            session.backward(output.loss + _bonus(method, entropy_N, weight_N, sums))
 
 
 def _bonus(method: MethodConfig, entropy_N: torch.Tensor, weight_N: torch.Tensor, sums: Sums) -> torch.Tensor | float:
@@ -165,7 +171,8 @@ def _bonus(method: MethodConfig, entropy_N: torch.Tensor, weight_N: torch.Tensor
     return output.loss
 
 
-def accumulate_expert(session: Session, works: Sequence[ProblemWork], counts: Counts, sums: Sums) -> None:
+def accumulate_expert(session: Session, works: Sequence[ProblemWork], counts: Counts, problems: int,
+                      sums: Sums) -> None:
     """Gradient of expert solutions: LUFFY's shaped row of each group, or HPT's cross-entropy where a problem fails.
 
     Both originals put the entropy bonus on these tokens too; its weights are those of the policy gradient.
@@ -173,7 +180,7 @@ def accumulate_expert(session: Session, works: Sequence[ProblemWork], counts: Co
     method, device = session.config.method, session.policy.device
     chosen = [(w, w.group.expert) for w in works if w.group.expert and (method.expert == "group" or w.imitates)]
     rows: list[Row] = [(o.prompt_ids, o.token_ids) for _, o in chosen]
-    for part in micro_batches(rows, session.config.train.micro_batch):
+    for part in session.micro_batches(rows, learns=True):
         batch = _token_batch(session, rows, part)
         logp_N, entropy_N = session.logp_and_entropy(batch, entropy_gradient=method.entropy_coefficient > 0)
         weight_N = token_weights(method.aggregation, batch.length_B, batch.row_N, counts, logp_N.dtype)
@@ -181,23 +188,24 @@ def accumulate_expert(session: Session, works: Sequence[ProblemWork], counts: Co
             advantage_B = torch.tensor([chosen[i][0].expert_advantage for i in part], dtype=logp_N.dtype, device=device)
             output = luffy_loss(logp_N, batch.spread(advantage_B), weight_N, method.shaping_gamma)
         else:
-            share_B = torch.full((len(part),), method.expert_coefficient / len(works), dtype=logp_N.dtype,
+            share_B = torch.full((len(part),), method.expert_coefficient / problems, dtype=logp_N.dtype,
                                  device=device)
             output = sft_loss(logp_N, response_mean_weights(batch.length_B, batch.row_N, share_B))
-        (output.loss + _bonus(method, entropy_N, weight_N, sums)).backward()
+        session.backward(output.loss + _bonus(method, entropy_N, weight_N, sums))
         sums.update({"loss_expert": float(output.loss.detach()), "expert_p_sum": float(logp_N.detach().exp().sum()),
                      "expert_token_count": len(logp_N)})
 
 
-def accumulate_distillation(session: Session, works: Sequence[ProblemWork], sums: Sums) -> None:
+def accumulate_distillation(session: Session, works: Sequence[ProblemWork], problems: int, sums: Sums) -> None:
     """Gradient of alpha(q) L_KD (Eq. 2 or 5, and 7) of a mini-batch: mean over its problems and their targets."""
     method, device = session.config.method, session.policy.device
     chosen = [(w, w.group.guided[j]) for w in works if w.alpha > 0 for j in w.targets]
     rows: list[Row] = [(w.group.unguided_prompt_ids, o.token_ids) for w, o in chosen]
     guided_rows: list[Row] = [(w.group.guided_prompt_ids, o.token_ids) for w, o in chosen]
-    for part in micro_batches(rows, session.config.train.micro_batch):
+    guided = method.distillation in DIVERGENCES
+    for part in session.micro_batches(rows, learns=True, guided=guided):
         batch = _token_batch(session, rows, part)
-        share_B = torch.tensor([w.alpha / len(works) / len(w.targets) for w, _ in (chosen[i] for i in part)],
+        share_B = torch.tensor([w.alpha / problems / len(w.targets) for w, _ in (chosen[i] for i in part)],
                                dtype=torch.float64, device=device)
         weight_N = response_mean_weights(batch.length_B, batch.row_N, share_B)
         if method.distillation == "cross_entropy":
@@ -209,7 +217,7 @@ def accumulate_distillation(session: Session, works: Sequence[ProblemWork], sums
                 guided_hidden_NH, session.policy.response_hidden(batch), *session.policy.head(),
                 session.config.train.kl_chunk_tokens, guided_head)
             output = clipped_kl_loss(kl_N, weight_N.to(kl_N.dtype), method.kl_delta, method.kl_clip)
-        output.loss.backward()
+        session.backward(output.loss)
         sums.update(output.metrics)
         sums.update({"loss_kd": float(output.loss.detach())})
 

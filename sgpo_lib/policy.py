@@ -5,6 +5,7 @@ Shape suffixes: B sequences, S padded length, N response tokens of a batch in ro
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from sgpo_lib.config import ModelConfig
 
 ADAPTER = "adapter"
 WEIGHTS = "model"
+SHARDS = "sharded"
 
 
 @dataclasses.dataclass
@@ -39,14 +41,25 @@ class Policy:
 
     def response_hidden(self, batch: TokenBatch) -> Float[Tensor, "N H"]:
         """Last hidden state before each response token: the state that predicts it. One row per response token."""
+        states_RSH = self.last_hidden_state(input_ids=batch.input_ids_RS, attention_mask=batch.attention_mask_RS,
+                                            position_ids=batch.position_ids_RS, use_cache=False)
+        return states_RSH.flatten(0, 1)[batch.predictor_N]
+
+    def last_hidden_state(self, **inputs: Any) -> Tensor:
+        """What the backbone, the model below its output matrix, gives for these inputs."""
         causal = self._causal_model()
-        backbone = getattr(causal, causal.base_model_prefix)
-        states_BSH = backbone(input_ids=batch.input_ids_RS, attention_mask=batch.attention_mask_RS,
-                              position_ids=batch.position_ids_RS, use_cache=False).last_hidden_state
-        return states_BSH.flatten(0, 1)[batch.predictor_N]
+        return getattr(causal, causal.base_model_prefix)(**inputs).last_hidden_state
+
+    def settle(self) -> None:
+        """Call before an optimizer reads or changes the parameters; see parallel.py."""
+
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        """While inside, this process holds all weights and a forward pass needs no other worker."""
+        return contextlib.nullcontext()
 
     def head(self) -> tuple[Float[Tensor, "V H"], Float[Tensor, " V"] | None]:
-        """Output matrix and bias: logits = hidden @ matrix.T + bias."""
+        """Output matrix and bias: logits = hidden @ matrix.T + bias. Ask after the hidden states: where weights are
+        sharded, a forward pass gathers them."""
         layer = self._causal_model().get_output_embeddings()
         return layer.weight, layer.bias
 
@@ -72,12 +85,15 @@ class Policy:
         self.tokenizer.save_pretrained(target)
 
     def load(self, folder: Path) -> None:
-        """Take the training weights of a folder written by `save`.
+        """Take the training weights of a folder written by `save`, or of a checkpoint of several workers.
 
         Raises ValueError where the folder holds none, or an adapter of another shape.
         """
         from safetensors.torch import load_file
 
+        if (folder / SHARDS).exists():
+            self._load_shards(folder / SHARDS)
+            return
         source = folder / (ADAPTER if self.lora else WEIGHTS)
         file = source / ("adapter_model.safetensors" if self.lora else "model.safetensors")
         if not file.exists():
@@ -90,10 +106,25 @@ class Policy:
                 raise ValueError(f"{file} does not fit this adapter: unknown {result.unexpected_keys[0]}. "
                                  "Use the lora_rank and lora_targets of the run that wrote it")
         else:
-            missing, unexpected = self.model.load_state_dict(load_file(file), strict=False)
+            missing, unexpected = self.load_state(load_file(file))
             tied = set(self.model._tied_weights_keys or ()) if self.model.config.tie_word_embeddings else set()
             if unexpected or set(missing) - tied:
                 raise ValueError(f"{file} holds other weights than this model: missing {missing}, extra {unexpected}")
+
+    def _load_shards(self, folder: Path) -> None:
+        """Take the weights of a distributed checkpoint; its shards may be of any number of workers."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+        self.settle()
+        state = {"model": get_model_state_dict(self.model)}
+        dcp.load(state, checkpoint_id=str(folder))
+        set_model_state_dict(self.model, state["model"])
+
+    def load_state(self, state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+        """Take all weights by name; returns the names that are missing and those that do not belong."""
+        result = self.model.load_state_dict(state, strict=False)
+        return result.missing_keys, result.unexpected_keys
 
     def fingerprint(self) -> str:
         """12 hex digits over the training weights."""

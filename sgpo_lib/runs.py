@@ -95,10 +95,13 @@ class Stopped(KeyboardInterrupt):
     """Raised between two steps where the job was asked to stop; a checkpoint is written. Nothing has failed."""
 
 
-def stop_requested() -> bool:
-    """Whether the job that this process works for was asked to stop: `STOP` in its folder (see launch.py)."""
+def stop_requested(run: Path) -> bool:
+    """Whether the run, or the job that this process works for, was asked to stop: `STOP` in its folder.
+
+    That of a run is for its workers (distributed.py), that of a job is written by launch.py.
+    """
     job = os.environ.get("SGPO_JOB")  # set by launch.py
-    return job is not None and (Path(job) / "STOP").exists()
+    return (run / "STOP").exists() or (job is not None and (Path(job) / "STOP").exists())
 
 
 class Run:

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from sgpo_lib.bases import base_source
-from sgpo_lib.batching import TokenBatch
+from sgpo_lib.batching import Row, TokenBatch, micro_batches
 from sgpo_lib.benchmarks import Benchmark
 from sgpo_lib.config import RunConfig
 from sgpo_lib.evaluation import Evaluation, evaluate
 from sgpo_lib.guided_side import GuidedSide
 from sgpo_lib.interrupts import Interrupts
 from sgpo_lib.losses.token_kl import token_logp_and_entropy
-from sgpo_lib.memory import require_memory
+from sgpo_lib.memory_check import require_memory
+from sgpo_lib.parallel import process_group, spread
 from sgpo_lib.policy import Policy, load_policy
 from sgpo_lib.problems import Splits, load
 from sgpo_lib.prompts import prompt_ids
@@ -36,6 +37,8 @@ from sgpo_lib.rewards import Verifier
 from sgpo_lib.rollouts.interface import Engine
 from sgpo_lib.rollouts.opening import open_engine
 from sgpo_lib.runs import Run, load_run
+from sgpo_lib.training_state import load_state, save_state
+from sgpo_lib.world import World
 
 Item = TypeVar("Item")
 FINAL = "final"
@@ -52,15 +55,20 @@ class OpenModel:
     engine: Engine
     verifier: Verifier
     splits: Splits
+    world: World
 
     def evaluate(self, problems: Sequence[Problem], k: int, seed_key: tuple[object, ...]) -> Evaluation:
-        """avg@k of the unguided policy with the config's evaluation settings; responses end where the context does."""
+        """avg@k of the unguided policy with the config's evaluation settings; responses end where the context does.
+
+        Several workers share the problems; all of them get the whole result.
+        """
         settings = self.config.evaluation
         longest = max((len(prompt_ids(self.policy.tokenizer, p, guided=False)) for p in problems), default=0)
         wanted = settings.eval_max_new_tokens or self.config.rollout.max_new_tokens
-        return evaluate(self.engine, self.policy.tokenizer, self.verifier, problems, k=k,
+        mine = evaluate(self.engine, self.policy.tokenizer, self.verifier, self.world.share(problems), k=k,
                         temperature=settings.eval_temperature, top_p=settings.eval_top_p,
                         max_new_tokens=min(wanted, self.policy.context - longest), seed_key=seed_key)
+        return Evaluation(k, tuple(self.world.woven(mine.results)))
 
 
 @dataclass
@@ -109,6 +117,28 @@ class Session(OpenModel):
         return token_logp_and_entropy(self.policy.response_hidden(batch), batch.target_N, *self.policy.head(),
                                       self.config.train.kl_chunk_tokens, entropy_gradient=entropy_gradient)
 
+    def micro_batches(self, rows: Sequence[Row], *, learns: bool, guided: bool = False) -> Iterator[list[int]]:
+        """Indices of rows, micro-batch by micro-batch. Every worker makes as many passes as the one with most rows.
+
+        The passes that are missing here follow the last one: on one token, with no weight. `learns` says whether the
+        caller's have a backward pass, `guided` whether the guided side's states are computed before each.
+        """
+        parts = list(micro_batches(rows, self.config.train.micro_batch))
+        yield from parts
+        for _ in range(self.world.most(len(parts)) - len(parts)):
+            token = self.policy.pad_id()
+            batch = self.policy.token_batch([((token,), (token,))], self.config.train.layout)
+            if guided:
+                self.guided_side.states(batch)
+            with torch.set_grad_enabled(learns):
+                logp_N, _ = self.logp_and_entropy(batch)
+                if learns:
+                    (0.0 * logp_N.sum()).backward()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this worker's part of a loss; the workers' average is then that of the whole loss."""
+        (loss * self.world.size).backward()
+
     def learning_rate(self, step: int) -> float:
         """Linear warm-up from 0, then constant or falling to 0 (steps from 1)."""
         train = self.config.train
@@ -125,7 +155,9 @@ class Session(OpenModel):
         Raises FloatingPointError for a gradient that is not finite, before any weight changes.
         """
         limit = self.config.train.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit))
+        self.policy.settle()
+        total: Any = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
+        norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
         if not math.isfinite(norm):
             raise FloatingPointError(f"step {step}: gradient norm is {norm}; no update was made with it. Lower "
                                      "train.lr or look at the last rollouts")
@@ -138,33 +170,35 @@ class Session(OpenModel):
         return norm
 
     def save(self) -> None:
-        """Checkpoint the state after `step` steps."""
+        """Checkpoint the state after `step` steps. All workers call it; the first names and completes the folder."""
         def write(folder: Path) -> None:
-            self.policy.save(folder)
-            torch.save({"optimizer": self.optimizer.state_dict(), "torch_rng": torch.get_rng_state(),
-                        "guided_side": self.guided_side.copies}, folder / "optimizer.pt")
-        state = {"best_loss": self.best_loss, "best_step": self.best_step, "weights": self.policy.fingerprint()}
+            save_state(self.policy, self.optimizer, self.guided_side.copies, Path(self.world.from_first(str(folder))),
+                       self.world.first)
+            self.world.wait()
+
+        state = {"best_loss": self.best_loss, "best_step": self.best_step, "weights": self.policy.fingerprint(),
+                 "workers": self.world.size}
         protected = (self.best_step,) if self.best_step >= 0 else ()
-        self.run.save_checkpoint(self.step, write, state, self.config.train.keep_checkpoints, protected)
+        if self.world.first:
+            self.run.save_checkpoint(self.step, write, state, self.config.train.keep_checkpoints, protected)
+        else:
+            write(Path())
+        self.world.wait()
         self.saved_step = self.step
 
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
-        """Take the state of a checkpoint; later rows of metrics are dropped, since their steps come again."""
-        self.policy.load(folder)
-        stored = torch.load(folder / "optimizer.pt", weights_only=True, map_location=self.policy.device)
-        self.optimizer.load_state_dict(stored["optimizer"])
-        torch.set_rng_state(stored["torch_rng"].cpu())
-        self.guided_side.copies = stored["guided_side"]
+        """Take the state of a checkpoint, made by any number of workers."""
+        self.guided_side.copies = load_state(self.policy, self.optimizer, folder)
         self.step, self.best_loss, self.best_step = state["step"], state["best_loss"], state["best_step"]
         self.saved_step = self.step
-        self.run.forget_after(self.step)
 
 
-def open_model(config: RunConfig, policy: Policy | None = None, folder: Path | None = None) -> OpenModel:
+def open_model(config: RunConfig, policy: Policy | None = None, folder: Path | None = None,
+               world: World | None = None) -> OpenModel:
     """Load problems and policy (with the weights of `init_from`, where it is set), ready to sample and judge.
 
     A given `policy` takes the place of the one that `config` names. `folder` is where weights are put for a sampler
-    that has its own copy; without it a temporary one.
+    that has its own copy; without it a temporary one. `world` are the workers that train it, None where nobody does.
 
     The verifier's processes start on first use and end with this process, or with `verifier.close()`.
     Raises ValueError for whatever cannot work: problems, model, weights.
@@ -179,25 +213,32 @@ def open_model(config: RunConfig, policy: Policy | None = None, folder: Path | N
         policy = load_policy(config.model, source, config.seed)
         if config.train.init_from:
             policy.load(final_weights(config.train.init_from, config))
+        if world:
+            policy = spread(policy, config, world)
     engine = open_engine(config, policy, source, folder)
-    return OpenModel(config, policy, engine, Verifier(config.reward), splits)
+    return OpenModel(config, policy, engine, Verifier(config.reward), splits, world or World())
 
 
 @contextlib.contextmanager
-def open_session(config: RunConfig, run: Run) -> Iterator[Session]:
+def open_session(config: RunConfig, run: Run, world: World) -> Iterator[Session]:
     """A training session: the model, an optimizer, and the number of steps. Raises what `open_model` raises."""
-    model = open_model(config, folder=run.folder / "delivery")
-    policy, splits, train = model.policy, model.splits, config.train
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=train.lr, betas=(train.adam_beta1, train.adam_beta2),
-                                  weight_decay=train.weight_decay, foreach=False)
-    supervised = config.method.objective == "supervised"
-    items = (splits.warmup or splits.train) if supervised else splits.train
-    per_epoch = max(1, len(items) // min(train.problems_per_step, len(items)))
-    total = math.ceil(train.epochs * per_epoch) if train.epochs else train.steps
-    total = 0 if config.method.objective == "none" else total
-    with model.verifier, contextlib.closing(model.engine):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(process_group(config, world))
+        model = open_model(config, folder=run.folder / "delivery", world=world)
+        stack.enter_context(contextlib.closing(model.engine))
+        stack.enter_context(model.verifier)
+        policy, splits, train = model.policy, model.splits, config.train
+        if train.activation_checkpointing:
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=train.lr, betas=(train.adam_beta1, train.adam_beta2),
+                                      weight_decay=train.weight_decay, foreach=False)
+        supervised = config.method.objective == "supervised"
+        items = (splits.warmup or splits.train) if supervised else splits.train
+        per_epoch = max(1, len(items) // min(train.problems_per_step, len(items)))
+        total = math.ceil(train.epochs * per_epoch) if train.epochs else train.steps
+        total = 0 if config.method.objective == "none" else total
         guided_side = GuidedSide(policy, config.method.guided_side, config.method.ema_decay)
-        yield Session(config, policy, model.engine, model.verifier, splits, run, optimizer, guided_side, total)
+        yield Session(config, policy, model.engine, model.verifier, splits, world, run, optimizer, guided_side, total)
 
 
 def final_weights(run_folder: str, config: RunConfig) -> Path:

@@ -4,13 +4,14 @@ one-tenth split (paper, section 4.4 and appendix E).
 
 from __future__ import annotations
 
+import collections
 import random
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from sgpo_lib.batching import Row, micro_batches
+from sgpo_lib.batching import Row
 from sgpo_lib.losses.imitation import sft_loss
 from sgpo_lib.problems import require_solutions, require_strategies
 from sgpo_lib.prompts import expert_text, prompt_ids, response_ids
@@ -69,13 +70,15 @@ def validation_loss(session: Session, rows: Sequence[Row]) -> float:
 
 
 def _accumulate(session: Session, rows: Sequence[Row], *, backward: bool) -> tuple[float, int]:
+    """(sum of the cross-entropy in nats, response tokens) over the rows of all workers."""
     tokens = sum(len(response) for _, response in rows)
-    nll = 0.0
-    for part in micro_batches(rows, session.config.train.micro_batch):
-        batch = session.policy.token_batch([rows[i] for i in part], session.config.train.layout)
+    mine = session.world.share(rows)
+    sums: collections.Counter = collections.Counter()
+    for part in session.micro_batches(mine, learns=backward):
+        batch = session.policy.token_batch([mine[i] for i in part], session.config.train.layout)
         logp_N, _ = session.logp_and_entropy(batch)
         output = sft_loss(logp_N, torch.full_like(logp_N, 1 / tokens))
-        nll += output.metrics["nll_sum"]
+        sums.update(output.metrics)
         if backward:
-            output.loss.backward()
-    return nll, tokens
+            session.backward(output.loss)
+    return session.world.added(sums)["nll_sum"], tokens

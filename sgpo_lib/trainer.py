@@ -18,18 +18,20 @@ from typing import Any
 
 from sgpo_lib.benchmarks import load_benchmarks
 from sgpo_lib.config import RunConfig, override
-from sgpo_lib.objective import DIVERGENCES, ProblemWork, accumulate, autonomous_logp, plan
+from sgpo_lib.evaluation import Evaluation
+from sgpo_lib.objective import accumulate, autonomous_logp, plan
 from sgpo_lib.problems import load, require_solutions, require_strategies
 from sgpo_lib.prompts import expert_text, prompt_ids, response_ids
-from sgpo_lib.records import Problem, RolloutGroup
+from sgpo_lib.records import Problem
 from sgpo_lib.rollouts.groups import judge_groups, rollout_rows, sample_groups
 from sgpo_lib.runs import Run, Stopped, locked, open_run, stop_requested
 from sgpo_lib.session import FINAL, Session, open_session
 from sgpo_lib.sources.catalogue import readable
 from sgpo_lib.sources.rows import normalised
-from sgpo_lib.strategies import is_spoiled
+from sgpo_lib.step_metrics import step_metrics, step_sums
 from sgpo_lib.supervised import expert_rows, require_room, supervised_step, validation_loss
 from sgpo_lib.tracking import Tracker
+from sgpo_lib.world import World
 
 OnRow = Callable[[dict[str, Any]], None]
 KEEP_ROLLOUTS_EVERY = 10
@@ -51,26 +53,40 @@ def train(config: RunConfig, *, name: str | None = None, root: Path | None = Non
         return run
     with locked(run.folder):
         try:
-            with open_session(config, run) as session:
-                run.same_problems(session.splits.fingerprint)
-                _check(session)
-                _resume(session)
-                for row in run.metrics() if on_row else ():
-                    on_row(row)  # type: ignore[misc]
-                _loop(session, on_row)
+            if config.compute.workers > 1:
+                from sgpo_lib.distributed import train_on_ray
+
+                train_on_ray(work, config, run, on_row)
+            else:
+                work(config, run, World(), on_row)
         except Exception as error:  # recorded and raised again; an interrupted run has not failed, it continues
             run.fail(error)
             raise
     return run
 
 
+def work(config: RunConfig, run: Run, world: World, on_row: OnRow | None = None) -> None:
+    """One worker's part of a training, from wherever the run stands to its end. Raises what `train` raises."""
+    with open_session(config, run, world) as session:
+        if world.first:
+            run.same_problems(session.splits.fingerprint)
+        _check(session)
+        _resume(session)
+        for row in run.metrics() if on_row else ():
+            on_row(row)  # type: ignore[misc]
+        _loop(session, on_row)
+
+
 def _loop(session: Session, on_row: OnRow | None) -> None:
-    config, run = session.config, session.run
+    config, run, world = session.config, session.run, session.world
     supervised = config.method.objective == "supervised"
     rows, held_rows = expert_rows(session) if supervised else ([], [])
-    tracker = Tracker(config.train.track, run)
+    tracker = Tracker(config.train.track if world.first else "", run)
+    evaluated = {row["step"] for row in run.metrics("eval")}
 
     def log(row: dict[str, Any]) -> None:
+        if not world.first:
+            return
         run.log(row)
         tracker.log(row)
         if on_row:
@@ -91,7 +107,7 @@ def _loop(session: Session, on_row: OnRow | None) -> None:
         """Validation and checkpoint after a step; of a step that was cut off there, what is missing."""
         every, last = config.evaluation.eval_every, step == session.total_steps
         due = last or step == 0 or bool(every and step % every == 0)
-        if due and step not in {row["step"] for row in run.metrics("eval")}:
+        if due and step not in evaluated:
             validate(step)
         keep = bool(config.train.save_every and step % config.train.save_every == 0)
         if step and (step == session.best_step or ((last or keep) and step != session.saved_step)):
@@ -109,7 +125,7 @@ def _loop(session: Session, on_row: OnRow | None) -> None:
             session.step = step
             session.interrupts.release()
             complete(step)
-            if step < session.total_steps and stop_requested():
+            if step < session.total_steps and world.from_first(stop_requested(run.folder)):
                 raise Stopped(f"asked to stop after step {step} of {session.total_steps}")
         _finish(session, log)
     except KeyboardInterrupt:
@@ -124,7 +140,8 @@ def _loop(session: Session, on_row: OnRow | None) -> None:
 def sgpo_step(session: Session, step: int) -> dict[str, Any]:
     """One iteration of Algorithm 1 (lines 4 to 21); returns the step's metrics."""
     config, train_config = session.config, session.config.train
-    problems = session.batch_of(session.splits.train, step)  # line 4
+    batch = session.batch_of(session.splits.train, step)  # line 4
+    problems = session.world.share(batch)
 
     with session.phase("sample"):  # lines 6 to 8
         groups = sample_groups(session.engine, session.policy.tokenizer, problems, config, step)
@@ -133,77 +150,35 @@ def sgpo_step(session: Session, step: int) -> dict[str, Any]:
     session.engine.rest()
     with session.phase("score"):  # lines 11 to 15
         works = plan(session, groups)
-        several = train_config.updates_per_batch > 1 or 0 < train_config.mini_batch < len(works)
+        size = train_config.mini_batch or len(batch)
+        several = train_config.updates_per_batch > 1 or size < len(batch)
         old_logp = autonomous_logp(session, works) if several else None
 
     sums: collections.Counter = collections.Counter()
     with session.phase("update"):  # lines 10, 14, 19 and 21
-        size = train_config.mini_batch or len(works)
         updates = 0
         for _ in range(train_config.updates_per_batch):
-            for start in range(0, len(works), size):
-                part = works[start : start + size]
+            for start in range(0, len(batch), size):
+                mine = range(session.world.rank, len(batch), session.world.size)  # where my problems are in the batch
+                part = [w for i, w in zip(mine, works, strict=True) if start <= i < start + size]
                 accumulate(session, part, old_logp, sums)
-                sums.update({"grad_norm": session.update(step)})
+                norm = session.update(step)  # of all workers' gradient: counted once
+                sums.update({"grad_norm": norm if session.world.first else 0.0})
                 updates += 1
 
-    row = step_metrics(session, groups, works, sums, updates, step) | session.engine.report()
+    sums.update(step_sums(session, groups, works))
+    sums = session.world.added(sums)
+    row = step_metrics(session, sums, updates, step) | session.engine.report()
     gap, limit = row["sampler_trainer_gap"], config.rollout.max_gap
     if step == 1 or step == session.total_steps or step % KEEP_ROLLOUTS_EVERY == 0 or not gap <= limit:
-        session.run.write_rollouts(step, rollout_rows(groups))
+        kept = session.world.woven([rollout_rows([group]) for group in groups])
+        if session.world.first:
+            session.run.write_rollouts(step, [row for rows in kept for row in rows])
     if not gap <= limit:  # not a number is no small gap
         raise RuntimeError(f"step {step}: sampler and trainer log-probabilities differ by {gap:.3g} nats a token in "
                            f"the mean, more than rollout.max_gap = {limit:g}. The sampler is not this policy: look at "
                            "its dtype, its model and its --logprobs-mode. The step is not kept; its rollouts are")
     return row
-
-
-def step_metrics(session: Session, groups: Sequence[RolloutGroup], works: Sequence[ProblemWork],
-                 sums: collections.Counter, updates: int, step: int) -> dict[str, Any]:
-    """The row of a step. Means over tokens are taken from sums over all updates of the step."""
-    autonomous = [o for g in groups for o in g.autonomous]
-    guided = [o for g in groups for o in g.guided]
-    everything, method = autonomous + guided, session.config.method
-    tokens = sum(len(o.token_ids) for o in everything)
-
-    def per(name: str, count: str) -> float:
-        return sums[name] / sums[count] if sums[count] else 0.0
-
-    row: dict[str, Any] = {
-        "reward_autonomous": sum(g.p_auto for g in groups) / len(groups),
-        "entropy": per("entropy_sum", "measured_token_count"),
-        "response_length": sum(len(o.token_ids) for o in autonomous) / len(autonomous),
-        "length_limit_share": sum(o.stop == "length" for o in everything) / len(everything),
-        "unverifiable_share": sum(o.verdict.status == "unverifiable" for o in everything if o.verdict)
-        / len(everything),
-        "zero_variance_share": sum(not any(w.advantages) for w in works) / len(works),
-        "policy_clip_share": per("policy_clipped_count", "policy_token_count"),
-        "sampler_trainer_gap": per("gap_sum", "measured_token_count"),
-        "loss_grpo": sums["loss_grpo"] / updates, "grad_norm": sums["grad_norm"] / updates,
-        "lr": session.learning_rate(step), "updates": updates, "tokens": tokens,
-        "tokens_per_second": tokens / session.seconds["sample"],
-    }
-    if guided:
-        row |= {
-            "reward_guided": sum(g.p_guide for g in groups) / len(groups),
-            "alpha": sum(w.alpha for w in works) / len(works),
-            "target_share": sum(bool(w.targets) for w in works) / len(works), "loss_kd": sums["loss_kd"] / updates,
-        }
-    spoils = bool(guided and session.config.data.bad_strategies)
-    for name, bad in (("alpha_bad", True), ("alpha_good", False)) if spoils else ():
-        part = [w.alpha for w in works if is_spoiled(w.group.problem) == bad]
-        row |= {name: sum(part) / len(part)} if part else {}
-    if method.distillation in DIVERGENCES:
-        row |= {"kl_mean": per("kl_sum", "kl_token_count"), "kl_kept_mean": per("kl_kept_sum", "kl_token_count"),
-                "kl_clipped_share": per("kl_clipped_count", "kl_token_count")}
-    if method.expert != "none":
-        learned = [w for w in works if (w.expert_advantage if method.expert == "group" else w.imitates)]
-        row |= {"reward_expert": sum(g.expert.reward for g in groups if g.expert) / len(groups),
-                "expert_share": len(learned) / len(works), "expert_p": per("expert_p_sum", "expert_token_count"),
-                "loss_expert": sums["loss_expert"] / updates}
-    if method.entropy_coefficient:
-        row["loss_entropy"] = sums["loss_entropy"] / updates
-    return row | {"loss": sum(v for k, v in row.items() if k.startswith("loss_"))}
 
 
 def _check(session: Session) -> None:
@@ -236,12 +211,15 @@ def _resume(session: Session) -> None:
     """Continue from the newest whole checkpoint; without one, drop what an earlier start may have logged."""
     import json
 
-    checkpoints = session.run.checkpoints()
+    first = session.world.first
+    checkpoints = session.world.from_first(session.run.checkpoints())
     if checkpoints:
         session.restore(checkpoints[-1], json.loads((checkpoints[-1] / "state.json").read_text(encoding="utf-8")))
-        print(f"{session.run.folder.name}: resumed after step {session.step}", file=sys.stderr, flush=True)
-    else:
-        session.run.forget_after(-1)
+        if first:
+            print(f"{session.run.folder.name}: resumed after step {session.step}", file=sys.stderr, flush=True)
+    if first:  # rows of steps that come again
+        session.run.forget_after(session.step if checkpoints else -1)
+    session.world.wait()
 
 
 def transfer_problems(config: RunConfig) -> tuple[Problem, ...]:
@@ -266,31 +244,37 @@ def _finish(session: Session, log: OnRow) -> None:
     run, config = session.run, session.config
     if session.best_step >= 0 and session.best_step != session.step:
         session.policy.load(run.folder / "checkpoints" / f"step-{session.best_step:06d}")
-    temporary = run.folder / f".{FINAL}.{os.getpid()}"
+    temporary = Path(session.world.from_first(str(run.folder / f".{FINAL}.{os.getpid()}")))
     session.policy.save(temporary)
-    shutil.rmtree(run.folder / FINAL, ignore_errors=True)
-    temporary.rename(run.folder / FINAL)
+    weights = session.policy.fingerprint()
+    if session.world.first:
+        shutil.rmtree(run.folder / FINAL, ignore_errors=True)
+        temporary.rename(run.folder / FINAL)
     rows = run.metrics()
     summary: dict[str, Any] = {
         "method": config.method.method, "profile": config.profile, "seed": config.seed, "steps": session.step,
         "best_step": session.best_step if session.best_step >= 0 else session.step,
-        "problems": session.splits.fingerprint, "weights": session.policy.fingerprint(),
+        "problems": session.splits.fingerprint, "weights": weights, "workers": session.world.size,
         "revision": getattr(session.policy.model.config, "_commit_hash", None),
         "seconds": sum(r.get("seconds_step", 0.0) for r in rows),
         "cpu_seconds": sum(r.get("cpu_seconds", 0.0) for r in rows), "tokens": sum(r.get("tokens", 0) for r in rows)}
+
+    def test(name: str, problems: Sequence[Problem], k: int, *key: object) -> Evaluation:
+        evaluation = session.evaluate(problems, k, (config.seed, *key))
+        if session.world.first:
+            evaluation.write(run.folder / "evaluation" / f"{name}.jsonl")
+        return evaluation
+
     if session.splits.test:
-        evaluation = session.evaluate(session.splits.test, config.evaluation.test_k, (config.seed, "test"))
-        evaluation.write(run.folder / "evaluation" / "test.jsonl")
+        evaluation = test("test", session.splits.test, config.evaluation.test_k, "test")
         summary["test"] = evaluation.summary()
         if not run.metrics("test"):  # it is there when only DONE was missing
             log({"kind": "test", "step": session.step, **evaluation.row()})
     if config.evaluation.transfer:
-        problems = transfer_problems(config)
-        evaluation = session.evaluate(problems, config.evaluation.test_k, (config.seed, "transfer"))
-        evaluation.write(run.folder / "evaluation" / "transfer.jsonl")
+        evaluation = test("transfer", transfer_problems(config), config.evaluation.test_k, "transfer")
         summary["transfer"] = evaluation.summary()
     for benchmark in session.benchmarks:
-        evaluation = session.evaluate(benchmark.problems, benchmark.k, (config.seed, "benchmark", benchmark.name))
-        evaluation.write(run.folder / "evaluation" / f"benchmark-{benchmark.name}.jsonl")
+        evaluation = test(f"benchmark-{benchmark.name}", benchmark.problems, benchmark.k, "benchmark", benchmark.name)
         summary.setdefault("benchmarks", {})[benchmark.name] = evaluation.summary() | benchmark.told
-    run.finish(summary)
+    if session.world.first:
+        run.finish(summary)

@@ -27,6 +27,7 @@ from sgpo_lib.policy import Policy
 from sgpo_lib.recipes import METHODS, from_parameters
 from sgpo_lib.records import Problem, Rollout, RolloutGroup, Verdict
 from sgpo_lib.session import Session
+from sgpo_lib.world import World as Workers
 
 LONGEST = 20
 """max_new_tokens of every case."""
@@ -48,7 +49,8 @@ REWARDS = [
 class FakeSession:
     """The part of a session that the objective uses."""
 
-    logp_and_entropy = Session.logp_and_entropy
+    logp_and_entropy, micro_batches, backward = Session.logp_and_entropy, Session.micro_batches, Session.backward
+    world = Workers()
 
     def __init__(self, config: RunConfig, policy: Policy):
         self.config, self.policy = config, policy

@@ -22,7 +22,8 @@ ORDER = [
     "token_text", "readings", "testbed_families", "testbed", "tiny", "recipes",
     "redaction", "runs", "answers", "equivalence", "reward_worker",
     "rewards", "strategies", "sources", "sources.rows", "sources.*", "sources.catalogue", "problems", "benchmarks",
-    "batching", "policy", "memory", "rollouts.interface", "rollouts.fingerprint", "rollouts", "rollouts.*",
+    "world", "batching", "policy", "shapes", "plan_setup", "plan", "memory_check",
+    "rollouts.interface", "rollouts.fingerprint", "rollouts", "rollouts.*",
     "rollouts.opening", "losses.masked", "losses", "losses.grpo", "losses.*",
     "analysis", "evaluation", "bases", "extraction", "extraction.records", "extraction.words", "extraction.mentions",
     "extraction.reading", "extraction.leaks", "extraction.chat", "extraction.output", "extraction.pipeline",
@@ -30,15 +31,15 @@ ORDER = [
     "widgets.run_monitor.curves", "widgets.run_monitor.following", "widgets.run_monitor.*", "widgets.run_monitor",
     "widgets.token_kl.metrics", "widgets.token_kl.ramps", "widgets.token_kl.panes", "widgets.token_kl.payload",
     "widgets.token_kl.static", "widgets.token_kl.page", "widgets.token_kl", "microscope",
-    "guided_side", "interrupts", "session", "policy_sources", "supervised",
-    "tracking", "objective", "trainer",
+    "guided_side", "interrupts", "parallel", "training_state", "session", "policy_sources", "supervised",
+    "tracking", "objective", "step_metrics", "distributed", "trainer",
     "frames", "figures", "token_statistics", "token_figures", "static_marks", "static_axes", "static_images",
     "comparison", "study", "claims", "study_figures", "exports",
     "method_figures", "strategy_figures", "groups_view", "live", "jobs", "pages", "kl_page", "report",
     "endings", "execution", "launch",
     "resources", "batch_spec", "executors", "executors.interface", "executors.attempts", "executors.child",
     "executors.allocation", "executors.*", "batch", "status", "export",
-    "cli",
+    "plan_command", "cli",
 ]  # fmt: skip
 """Each module imports only from those above it. `x.*` are the remaining modules of package x, which do not import
 each other. The package itself (`sgpo_lib/__init__.py`) is above all."""

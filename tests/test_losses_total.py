@@ -33,6 +33,7 @@ from sgpo_lib.recipes import METHODS, from_parameters
 from sgpo_lib.records import Problem, Rollout, RolloutGroup, Verdict
 from sgpo_lib.session import Session
 from sgpo_lib.supervised import supervised_step, validation_loss
+from sgpo_lib.world import World as Workers
 
 VOCABULARY, HIDDEN, LONGEST = 5, 2, 7
 VALUE = TOLERANCE[torch.float64]
@@ -86,7 +87,8 @@ class PrefixPolicy:
 class FakeSession:
     """What the objective and the supervised step use of a session."""
 
-    logp_and_entropy = Session.logp_and_entropy
+    logp_and_entropy, micro_batches, backward = Session.logp_and_entropy, Session.micro_batches, Session.backward
+    world = Workers()
 
     def __init__(self, config: Any, weights: Weights, dtype: torch.dtype = torch.float64) -> None:
         self.config, self.policy = config, PrefixPolicy(weights, dtype)

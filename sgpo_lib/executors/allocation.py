@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sgpo_lib.distributed import answers
 from sgpo_lib.executors.attempts import close_lost, goes_nowhere, record_failure, record_no_progress
 from sgpo_lib.executors.child import Child
-from sgpo_lib.executors.interface import Order, answers
+from sgpo_lib.executors.interface import Order
 
 RAY_START_S = 180.0
 """Seconds until a Ray cluster whose nodes have not all come is given up."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import json
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -116,16 +115,6 @@ def read_queue(folder: Path) -> dict[str, str]:
 def clear_queue(folder: Path) -> None:
     """The cluster has the job no more."""
     (folder / "queue.json").unlink(missing_ok=True)
-
-
-def answers(address: str) -> bool:
-    """Whether somebody listens at HOST:PORT."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 # --- orders ------------------------------------------------------------------------------------------------------

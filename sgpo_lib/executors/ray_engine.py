@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sgpo_lib.batch_spec import Job
+from sgpo_lib.distributed import answers
 from sgpo_lib.executors.attempts import read_attempts, record_failure
 from sgpo_lib.executors.child import Child
 from sgpo_lib.executors.interface import (
@@ -24,7 +25,6 @@ from sgpo_lib.executors.interface import (
     EngineLost,
     Executor,
     Order,
-    answers,
     clear_queue,
     read_queue,
     write_queue,

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from sgpo_lib.config import RunConfig
-from sgpo_lib.memory import GIB
 from sgpo_lib.policy import Policy
 from sgpo_lib.rollouts.delivery import Delivered
 from sgpo_lib.rollouts.interface import Engine
 from sgpo_lib.rollouts.transformers_engine import TransformersEngine
+from sgpo_lib.shapes import GIB
 
 
 def open_engine(config: RunConfig, policy: Policy, source: str, folder: Path | None = None) -> Engine:

@@ -75,10 +75,11 @@ class TransformersEngine:
         training = self.policy.model.training
         self.policy.model.eval()
         try:
-            for start in range(0, len(order), self.batch):
-                chosen = order[start : start + self.batch]
-                drawn = self._generate([requests[i] for i in chosen], temperature, top_p, max_new_tokens)
-                samples.update(zip(chosen, drawn, strict=True))
+            with self.policy.whole():
+                for start in range(0, len(order), self.batch):
+                    chosen = order[start : start + self.batch]
+                    drawn = self._generate([requests[i] for i in chosen], temperature, top_p, max_new_tokens)
+                    samples.update(zip(chosen, drawn, strict=True))
         finally:
             self.policy.model.train(training)
         return [samples[i] for i in range(len(requests))]

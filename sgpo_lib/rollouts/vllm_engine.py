@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from sgpo_lib.memory import GIB, device_memory
+from sgpo_lib.memory_check import device_memory
 from sgpo_lib.rollouts.interface import Sample, SampleRequest, require_room
+from sgpo_lib.shapes import GIB
 
 SUPPORTED = (0, 32)
 """Version (major, minor) whose interface this file was written and tested against."""

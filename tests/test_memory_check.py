@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sgpo_lib import memory
+from sgpo_lib import memory_check
 from sgpo_lib.config import ModelConfig
 from sgpo_lib.policy import load_policy
 from sgpo_lib.recipes import from_parameters
@@ -34,24 +34,24 @@ def shaped(request, tmp_path):
 def test_the_paper_models_by_hand(shaped):
     name, source = shaped
     count, shape = PUBLISHED[name], SHAPES[name]
-    full = memory.least(from_parameters(name, sampler="vllm"), source)
+    full = memory_check.least(from_parameters(name, sampler="vllm"), source)
     assert full.weights == pytest.approx(2 * count, rel=0.005) and full.training == 3 * full.weights
     cache = 2 * 28 * shape["num_key_value_heads"] * 128 * 2
     assert full.sampler == full.weights + 32768 * cache
-    lora = memory.least(from_parameters(name, lora_rank=16), source)
+    lora = memory_check.least(from_parameters(name, lora_rank=16), source)
     h, i, kv = shape["hidden_size"], shape["intermediate_size"], shape["num_key_value_heads"] * 128
     adapter = 16 * 28 * (2 * (h + h) + 2 * (h + kv) + 3 * (h + i))
     assert (lora.weights, lora.training, lora.sampler) == (full.weights, 4 * 4 * adapter, 0)
-    few = memory.least(from_parameters(name, lora_rank=16, lora_targets="q_proj,v_proj"), source)
+    few = memory_check.least(from_parameters(name, lora_rank=16, lora_targets="q_proj,v_proj"), source)
     assert few.training == 4 * 4 * 16 * 28 * (2 * h + h + kv)
-    cached = memory.least(from_parameters(name, sampler="vllm", kv_cache_gb=3.0), source)
-    assert cached.sampler == full.weights + 3 * memory.GIB
+    cached = memory_check.least(from_parameters(name, sampler="vllm", kv_cache_gb=3.0), source)
+    assert cached.sampler == full.weights + 3 * memory_check.GIB
 
 
 def test_the_shape_of_an_adapter_is_the_one_that_peft_makes(base):
     policy = load_policy(ModelConfig(source=str(base), lora_rank=4), str(base), 0)
     config = from_parameters("tiny", source=str(base), lora_rank=4)
-    assert memory.least(config, str(base)).training == 4 * 4 * sum(p.numel() for p in policy.parameters())
+    assert memory_check.least(config, str(base)).training == 4 * 4 * sum(p.numel() for p in policy.parameters())
 
 
 @pytest.mark.parametrize(("gib", "settings", "message"), [
@@ -65,14 +65,14 @@ def test_the_shape_of_an_adapter_is_the_one_that_peft_makes(base):
 def test_7b_on_one_gpu(tmp_path, monkeypatch, gib, settings, message):
     """What fits on GPUs of these sizes, which this machine need not have."""
     AutoConfig.for_model("qwen2", **SHAPES["qwen2.5-7b"]).save_pretrained(tmp_path)
-    monkeypatch.setattr(memory, "pick_device", lambda name: torch.device("cuda:0"))
-    monkeypatch.setattr(memory, "device_memory", lambda device: gib * memory.GIB)
+    monkeypatch.setattr(memory_check, "pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(memory_check, "device_memory", lambda device: gib * memory_check.GIB)
     config = from_parameters("qwen2.5-7b", **settings)
     if message is None:
-        memory.require_memory(config, str(tmp_path))
+        memory_check.require_memory(config, str(tmp_path))
     else:
         with pytest.raises(ValueError, match="too little memory: .*" + message):
-            memory.require_memory(config, str(tmp_path))
+            memory_check.require_memory(config, str(tmp_path))
 
 
 def test_a_model_larger_than_this_machine_is_refused_before_it_is_loaded(tmp_path):
@@ -81,11 +81,11 @@ def test_a_model_larger_than_this_machine_is_refused_before_it_is_loaded(tmp_pat
     AutoConfig.for_model("qwen2", **wide).save_pretrained(tmp_path)
     config = from_parameters("tiny", source=str(tmp_path), lora_rank=4)
     with pytest.raises(ValueError, match=r"too little memory: .*GiB.*cpu has \d+\.\d GiB"):
-        memory.require_memory(config, str(tmp_path))
+        memory_check.require_memory(config, str(tmp_path))
 
 
 def test_a_run_that_cannot_fit_ends_before_its_first_row(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "device_memory", lambda device: 1000)
+    monkeypatch.setattr(memory_check, "device_memory", lambda device: 1000)
     config = from_parameters("tiny", source=str(base), steps=1)
     with pytest.raises(ValueError, match="too little memory"):
         train(config, root=tmp_path)
@@ -96,4 +96,4 @@ def test_counting_needs_no_weights(base):
     shape = AutoConfig.from_pretrained(base)
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
-    assert memory.least(from_parameters("tiny", source=str(base)), str(base)).weights == 4 * count
+    assert memory_check.least(from_parameters("tiny", source=str(base)), str(base)).weights == 4 * count
