@@ -1,8 +1,8 @@
-"""The command `sgpo`: run a notebook or a batch headless, see how things stand, write a report, export weights.
+"""The command `sgpo`: plan a run, run a notebook or a batch headless, see how things stand, report, export weights.
 
-Errors that a user can cure print one line and exit with 2; a job that failed exits with 1, one that was asked to stop
-(SIGUSR1 or SIGTERM to `sgpo run`) with 75, an interrupt with 130. Commands import what they need when they run, so
-that the program starts at once.
+Errors that a user can cure print one line and exit with 2; a job that failed, or a plan that does not fit, exits with 1,
+a job that was asked to stop (SIGUSR1 or SIGTERM to `sgpo run`) with 75, an interrupt with 130. Commands import what they
+need when they run, so that the program starts at once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from sgpo_lib.batch_spec import ENGINES
 from sgpo_lib.extraction.command import add_arguments
 from sgpo_lib.extraction.command import command as extract_command
 from sgpo_lib.jobs import STOPPED, batch_folders, jobs_root, parse_assignment, read_batch
+from sgpo_lib.plan_command import add_arguments as add_plan_arguments
+from sgpo_lib.plan_command import command as plan_command
 from sgpo_lib.redaction import Redactor
 from sgpo_lib.runs import Stopped, list_runs, load_run, reports_root
 
@@ -62,6 +64,11 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write reports/BATCH/index.html")
     report.add_argument("batch", nargs="?", help="name of the batch (default: the newest)")
     report.add_argument("--out", type=Path, help="folder of the report (default: reports/BATCH)")
+    plan = commands.add_parser("plan", help="memory, time and cost of a run before it starts", description=(
+        "Memory per GPU by phase, time and cost of a step and a run, from formulas; 1 where it does not fit."))
+    add_plan_arguments(plan)
+    plan.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE",
+                      help="as for `sgpo run`: a config field; the value is YAML")
     export = commands.add_parser("export", help="a run's weights for other programs", description=(
         "Write a plain Hugging Face folder (LoRA merged) or a PEFT adapter, which transformers, PEFT and vLLM load."))
     export.add_argument("run", help="name below the root of runs, or folder")
@@ -84,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             signal.signal(signal.SIGTERM, _interrupt)
     commands = {"run": _run, "batch": _batch, "status": _status, "report": _report, "export": _export,
+                "plan": lambda given: plan_command(given, _parameters(given.parameter), _say),
                 "extract": lambda given: extract_command(given, _say)}
     try:
         return commands[arguments.command](arguments)
@@ -116,15 +124,21 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from sgpo_lib.launch import run_notebook
-
+def _parameters(texts: Sequence[str]) -> dict[str, Any]:
+    """name -> value of every `-p`."""
     given: dict[str, Any] = {}
-    for text in arguments.parameter:
+    for text in texts:
         name, value = parse_assignment(text)
         if name in given:
             raise ValueError(f"parameter {name!r} is given twice. Remove one")
         given[name] = value
+    return given
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from sgpo_lib.launch import run_notebook
+
+    given = _parameters(arguments.parameter)
     stem = Path(arguments.notebook).stem
     job = arguments.job or jobs_root() / "single" / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     for name in ("time_limit", "grace"):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import socket
 import sys
@@ -53,6 +54,7 @@ def train_on_ray(work: Work, config: RunConfig, run: Run, on_row: OnRow | None) 
         stop = run.folder / "STOP"
         stop.unlink(missing_ok=True)
         follower, lost, before = _Follower(run, on_row), 0, _newest(run)
+        print(f"{run.folder.name}: {config.compute.workers} workers, from step {before}", file=sys.stderr, flush=True)
         while True:
             error = _attempt(work, config, run, cluster, follower)
             if run.done:
@@ -183,8 +185,9 @@ def _reason_of_loss(error: Exception) -> str | None:
     lines = []
     for failure in _failures(error):
         health = getattr(failure, "health_check_failure", None)
-        if health or isinstance(failure, ray.exceptions.RayError) or "HealthCheck" in type(failure).__name__:
-            lines.append(" ".join(str(health or failure).split())[:300])
+        gone = isinstance(_own_of(failure), ray.exceptions.RayError)  # the worker, or the vLLM that it sampled with
+        if health or gone or "HealthCheck" in type(failure).__name__:
+            lines.append(" ".join(str(health or _own_of(failure)).split())[:300])
     if lines:
         return lines[0]
     told = [_own_of(failure) for failure in _failures(error)]
@@ -255,7 +258,7 @@ def _connected(config: RunConfig) -> Iterator[_Cluster]:
         raise ValueError(f"no Ray cluster at {address} (RAY_ADDRESS). Start one with `ray start --head`, or unset it: "
                          "then Ray starts on this machine alone")
     if not connected:
-        _quiet(ray, address)
+        _connect(ray, address)
     try:
         at = ray.get_runtime_context().gcs_address
         yield _Cluster(at, not address and not connected, ray.cluster_resources(), config)
@@ -264,10 +267,24 @@ def _connected(config: RunConfig) -> Iterator[_Cluster]:
             _leave(ray)
 
 
-def _quiet(ray: Any, address: str) -> None:
+def _connect(ray: Any, address: str) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as the next version does; else a warning
-    ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-             **({} if address else {"num_cpus": len(os.sched_getaffinity(0))}))
+    if not address:  # a token of its own, or Ray would leave one in the home folder, which `ray start` then asks for
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    here = {} if address else {"num_cpus": len(os.sched_getaffinity(0))}
+    try:
+        ray.init(address=address or "local", include_dashboard=None if address else False, log_to_driver=False,
+                 logging_level="ERROR", **here)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ValueError(f"no Ray cluster at {address or 'this machine'} ({str(error).splitlines()[0]}). "
+                         f"{token_cure(address)}Unset RAY_ADDRESS, and Ray starts on this machine alone") from None
+
+
+def token_cure(address: str) -> str:
+    """What to do about a cluster that asks for a token, where this process would send none; ends with a space."""
+    if not address or "RAY_AUTH_MODE" in os.environ:
+        return ""
+    return "A cluster that was started where ~/.ray/auth_token exists wants it: set RAY_AUTH_MODE=token. "
 
 
 def _leave(ray: Any) -> None:
@@ -283,9 +300,12 @@ def _require_devices(config: RunConfig, cluster: _Cluster) -> None:
     if config.model.device.startswith("cuda:"):
         raise ValueError(f"model.device: got {config.model.device!r} with compute.workers = {wanted}, expected 'cuda': "
                          "each worker sees its own GPU alone")
+    own = cluster.gpu and config.rollout.sampler == "vllm" and config.rollout.placement == "own"
     for name, each in cluster.per_worker.items():
+        each += own and name == "GPU"
         there = cluster.resources.get(name, 0)
         if wanted * each > there:
-            told = "GPU" if name == "GPU" else f"times compute.worker_cpus = {each:g} CPU"
-            raise ValueError(f"compute.workers: got {wanted} {told}s, expected at most {int(there // each)} workers: "
-                             f"{where} has {there:g} {name}s")
+            per = {"GPU": " (rollout.placement='own' takes a second one each)" if own else "",
+                   "CPU": f" (compute.worker_cpus = {each:g})"}[name]
+            raise ValueError(f"compute.workers: got {wanted}, expected at most {int(there // each)}: {where} has "
+                             f"{there:g} {name}s, a worker takes {each:g}{per}")

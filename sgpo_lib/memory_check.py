@@ -42,7 +42,9 @@ class Need:
     sampler: int
     """vLLM's copy and its cache, of `kv_cache_gb` or for one sequence; 0 for other engines."""
     whole: int = 0
-    """The whole model, where `weights` is a part of it: while it is loaded, and for sampling without vLLM."""
+    """The whole model, where `weights` is a part of it: while it is loaded."""
+    gathered: int = 0
+    """The same in the computation's type, while it samples without vLLM."""
 
     @property
     def policy(self) -> int:
@@ -76,7 +78,8 @@ def least(config: RunConfig, source: str) -> Need:
             "head" not in n if names == ["all-linear"] else n.rpartition(".")[2] in names)]
         return Need(count * width, 4 * 4 * model.lora_rank * sum(sum(w.shape) for w in linear), sampler)
     part = -(-count // workers)
-    return Need(part * width, 3 * part * width, sampler, count * width if workers > 1 else 0)
+    whole, gathered = (count * width, count * BYTES[model.compute_dtype or model.dtype]) if workers > 1 else (0, 0)
+    return Need(part * width, 3 * part * width, sampler, whole, 0 if rollout.sampler == "vllm" else gathered)
 
 
 def device_memory(device: torch.device) -> int:
@@ -101,7 +104,7 @@ def require_memory(config: RunConfig, source: str) -> None:
     cure = ("Lower model.context or rollout.kv_cache_gb, use model.dtype='bfloat16'" +
             ("" if config.model.lora_rank else ", train an adapter (model.lora_rank=16)") + ", or take a larger device")
     sleep = config.rollout.sleep
-    elsewhere = getattr(config.rollout, "placement", "shared") == "own"
+    elsewhere = config.rollout.placement == "own"
     engine = 0 if elsewhere else need.sampler  # on this device
     if elsewhere and need.sampler > total:
         raise ValueError(f"too little memory: vLLM needs at least {need.sampler / GIB:.1f} GiB for weights and cache "
@@ -111,14 +114,13 @@ def require_memory(config: RunConfig, source: str) -> None:
         raise ValueError(f"too little memory: vLLM needs at least {engine / GIB:.1f} GiB for weights and cache, "
                          f"{told}, rollout.gpu_memory_share = {share:g} of it. Raise the share. {cure}")
     room = (1 - share) * total if apart else total
-    sampling = need.weights + need.training * 2 // 3 + engine  # asleep or not, gradients are not there
-    if not need.sampler:
-        sampling += need.whole
+    # asleep or not, gradients are not there
+    sampling = need.weights + need.training * 2 // 3 + engine + need.gathered
     wanted = need.policy if apart else max(need.policy, sampling) if sleep else need.policy + engine
-    wanted = max(wanted, need.whole, sampling if need.whole and not apart else 0)
+    wanted = max(wanted, need.whole, sampling if need.gathered else 0)
     if wanted > room:
         sampler = f", vLLM {engine / GIB:.1f} GiB" if engine and not apart else ""
-        whole = f", the whole model to load and sample {need.whole / GIB:.1f} GiB" if need.whole else ""
+        whole = f", {need.whole / GIB:.1f} GiB to load the model whole" if need.whole else ""
         raise ValueError(f"too little memory: the run needs at least {wanted / GIB:.1f} GiB ({detail}{sampler}{whole}),"
                          f" {told}"
                          + (f", {1 - share:g} of it beside vLLM (rollout.gpu_memory_share)" if apart else "")

@@ -33,9 +33,8 @@ OWN_SHARE = 0.9
 # --- memory ------------------------------------------------------------------------------------------------------
 def weights(s: Setup) -> int:
     """Weights that a worker holds between passes: P b whole beside an adapter, P b / workers where all train."""
-    model, count = s.config.model, s.shape.parameters
-    adapter = 4 * s.trained if s.lora else 0
-    return BYTES[model.dtype] * (count if s.lora else s.trained) + adapter
+    width = BYTES[s.config.model.dtype]
+    return width * s.shape.parameters + 4 * s.trained if s.lora else width * s.trained
 
 
 def gradients(s: Setup) -> int:
@@ -123,11 +122,11 @@ def forward_working(s: Setup, rows: int, tokens: int) -> int:
 
 
 def head_workspace(s: Setup, term: Term, tokens: int) -> int:
-    """Of log-probabilities or divergences of one chunk of C tokens: n C V x 4 bytes (token_kl.py), and where the output
-    matrix trains V H of a sum and of a chunk's part of its gradient (autograd adds up before it writes)."""
+    """Of log-probabilities or divergences of one chunk of C tokens: n C V x 4 bytes (token_kl.py). Where the output
+    matrix trains, the sum of its gradient beside it, or that, a chunk's part and the new sum: 3 V H e (counted)."""
     chunk = 4 * min(s.config.train.kl_chunk_tokens, term.together * tokens) * s.shape.vocabulary
     matrix = 0 if s.lora else s.size * s.shape.vocabulary * s.shape.hidden
-    return max(term.copies * chunk + matrix, 2 * chunk + 2 * matrix)
+    return max(term.copies * chunk + matrix, 3 * matrix)
 
 
 def activations(s: Setup, term: Term, tokens: int, response: int) -> dict[str, int]:
@@ -148,7 +147,6 @@ def update(s: Setup, term: Term) -> dict[str, int]:
     """At the peak of a backward pass: activations, and what is largest of chunk and layer."""
     response = s.config.rollout.max_new_tokens
     tokens = s.length(response)
-    response = min(response, tokens)
     return activations(s, term, tokens, response) | {"log-probability workspace": max(
         head_workspace(s, term, response), layer_backward(s, term.together, tokens))}
 
@@ -341,8 +339,7 @@ def evaluation_seconds(s: Setup) -> float:
         times = (s.steps // e.eval_every if e.eval_every else 0) + 1 + bool(e.eval_every and s.steps % e.eval_every)
         each = min(e.eval_problems, data.n_validation) * e.eval_k
     sets = [spec.get("count", 0) * spec.get("k", e.test_k) for spec in e.benchmarks.values()]
-    longest = e.eval_max_new_tokens or s.config.rollout.max_new_tokens
-    longest = s.length(longest) - s.prompt_tokens
+    longest = s.length(e.eval_max_new_tokens or s.config.rollout.max_new_tokens) - s.prompt_tokens
     return sum(sample_seconds(s, math.ceil(count / s.workers), s.mean_tokens, longest)
                for count in [each] * times + [data.n_test * e.test_k, *sets])
 

@@ -13,7 +13,7 @@ from sgpo_lib.config import RunConfig
 from sgpo_lib.shapes import GIB, Shape
 
 BYTES = {"float32": 4, "bfloat16": 2}
-PROCESS_CPU, PROCESS_GPU = int(0.6 * GIB), int(1.5 * GIB)
+PROCESS_CPU, PROCESS_GPU = int(0.45 * GIB), int(1.5 * GIB)
 """Of a process before it holds any tensor. CPU: Python, torch, transformers and PEFT, resident, measured
 (docs/planning.md). GPU: CUDA context, cuBLAS and NCCL buffers; assumed."""
 
@@ -50,10 +50,10 @@ DEVICES = {
     "h200": Device(141 * 10**9, 4.8e12, 989e12, 67e12, 450e9, 50e9),
     "a100-80gb": Device(80 * 10**9, 2.04e12, 312e12, 19.5e12, 300e9, 25e9),
     "l40s": Device(48 * 10**9, 0.864e12, 362e12, 91.6e12, 32e9, 25e9),
-    "cpu": Device(0, 20e9, 50e9, 50e9, 1e9, 1e9),
+    "cpu": Device(0, 20e9, 96e9, 96e9, 1e9, 1e9),
 }
-"""NVIDIA's data sheets: H100 SXM5, H200 SXM, A100 80GB SXM, L40S (PCIe 4 x16); without sparsity. `cpu`: one core,
-assumed; its memory is this machine's."""
+"""NVIDIA's data sheets: H100 SXM5, H200 SXM, A100 80GB SXM, L40S (PCIe 4 x16); without sparsity. `cpu`: one
+core with AVX2 at 3 GHz (2 units x 8 numbers x 2), the bandwidth assumed; its memory is this machine's."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class Setup:
     """Longest prompt, with the strategy."""
     process: int = PROCESS_GPU
     """Bytes of a process without tensors."""
+    kind: str = "h100"
+    """Of `DEVICES`."""
 
     @property
     def workers(self) -> int:
@@ -177,4 +179,4 @@ def terms(s: Setup) -> list[Term]:
 
 def own_gpu(config: RunConfig) -> bool:
     """Whether each worker's vLLM has another GPU for itself."""
-    return config.rollout.sampler == "vllm" and getattr(config.rollout, "placement", "shared") == "own"
+    return config.rollout.sampler == "vllm" and config.rollout.placement == "own"

@@ -8,8 +8,9 @@ A profile only changes numbers and names; a method only changes the objective. D
 4. The supervised warm-up of `smollm2` shows the strategy in half of its prompts (`guided_share`); the paper shows it
    in none. With it the 135M model solved .19 with a strategy and .23 without (6 problems, 8 samples each); without
    it, .15 and .31 (the same problems, another warm-up).
-5. The paper's profiles are configurations that never ran here. All weights in bfloat16 at lr 1e-6 need float32
-   master weights, or AdamW's updates round to nothing; until training over several GPUs brings them, use LoRA.
+5. The paper's profiles are configurations that never ran here. They keep weights and AdamW's moments in float32 and
+   compute in bfloat16 (`compute_dtype`), since updates of 1e-6 round to nothing in bfloat16; with an adapter
+   (`lora_rank`) the base is in bfloat16 instead, and the adapter in float32.
 6. Baselines get SGPO's budget of 12 samples: LUFFY 11 and one expert solution (`luffy8`: the original's 7 and one),
    HPT 12 instead of 8. HPT's lr of 5e-6 and its coefficient and gate by model are its scripts'; `tiny` and `smollm2`
    keep the profile's learning rate for every method. HPT's and LUFFY's own problem budgets and prompts are not used.
@@ -78,7 +79,8 @@ _SMOLLM2: dict[str, Any] = {
     "lr": 2e-4, "eval_every": 0, "eval_problems": 8, "test_k": 1, "kl_chunk_tokens": 128,
 }
 _PAPER: dict[str, Any] = {
-    "model.dtype": "bfloat16", "data.problems": "problems.jsonl", "warmup_share": 1 / 3,
+    "model.dtype": "float32", "compute_dtype": "bfloat16", "sampler_dtype": "bfloat16",
+    "data.problems": "problems.jsonl", "warmup_share": 1 / 3,
     "n_train": 8500, "n_validation": 200, "n_test": 500, "max_new_tokens": 16384, "epochs": 10.0, "lr": 1e-6,
     "problems_per_step": 128, "mini_batch": 64, "micro_batch": 4, "kl_chunk_tokens": 512, "rollout_batch": 256,
     "eval_every": 20, "eval_problems": 200, "eval_max_new_tokens": 32768, "save_every": 10, "reward_workers": 8,
@@ -121,7 +123,8 @@ def from_parameters(profile: str = "tiny", method: str = "sgpo", seed: int = 0, 
 
     Order: defaults, profile, method, then `overrides`, whose names are short (`steps=60`) or dotted
     (`**{"train.steps": 60}`). Raises ValueError for an unknown profile, method or field, naming the nearest, and
-    for values that cannot work. A given `problems` clears the profile's `problem_args`, a given `steps` its `epochs`.
+    for values that cannot work. A given `problems` clears the profile's `problem_args`, a given `steps` its `epochs`; a
+    given `lora_rank` turns its mixed precision into a base of that `compute_dtype`.
     """
     if profile not in PROFILES:
         raise unknown("profile", profile, PROFILES)
@@ -136,6 +139,9 @@ def from_parameters(profile: str = "tiny", method: str = "sgpo", seed: int = 0, 
         implied["problem_args"] = {}  # the profile's arguments belong to the profile's source
     if "train.steps" in given and "train.epochs" not in given:
         implied["epochs"] = 0.0
+    adapter = overrides.get("lora_rank", overrides.get("model.lora_rank", 0))
+    if adapter and config.model.compute_dtype and not given & {"model.dtype", "model.compute_dtype"}:
+        implied |= {"dtype": config.model.compute_dtype, "compute_dtype": ""}  # an adapter is float32 by itself
     config = override(override(override(config, _FOR_PROFILE.get((method, profile), {})), implied), overrides)
     if config.model.source in SIZES and not config.model.revision:
         config = override(config, {"model.revision": base_key(config.model.source)})

@@ -10,8 +10,8 @@ class RolloutConfig:
     """How responses are sampled."""
 
     sampler: str = "transformers"
-    """What samples: `transformers` (the weights that train), `vllm` (in this process), `server` (an OpenAI-compatible
-    vLLM server with LoRA adapters)."""
+    """What samples: `transformers` (the weights that train), `vllm` (started by the process that trains), `server` (an
+    OpenAI-compatible vLLM server with LoRA adapters)."""
     server: str = ""
     """Address of the server for sampler `server`, such as http://node7:8000/v1. Its key comes from the environment."""
     sampler_dtype: str = ""
@@ -21,6 +21,9 @@ class RolloutConfig:
     kv_cache_gb: float = 0.0
     """vLLM's key-value cache in GiB. On a GPU 0 means what `gpu_memory_share` leaves for it (that share must be free
     either way), on a CPU 1."""
+    placement: str = "shared"
+    """vLLM of each worker where there are several: an actor of Ray on the worker's GPU (`shared`; `gpu_memory_share` is
+    its part of the memory), or on a GPU of its `own`."""
     sleep: bool = False
     """vLLM gives its GPU memory back while the policy trains, and takes it again to sample."""
     verify_weights: bool = True

@@ -124,8 +124,9 @@ class Session(OpenModel):
         caller's have a backward pass, `guided` whether the guided side's states are computed before each.
         """
         parts = list(micro_batches(rows, self.config.train.micro_batch))
+        missing = self.world.most(len(parts)) - len(parts)  # asked before the passes, which are collectives too
         yield from parts
-        for _ in range(self.world.most(len(parts)) - len(parts)):
+        for _ in range(missing):
             token = self.policy.pad_id()
             batch = self.policy.token_batch([((token,), (token,))], self.config.train.layout)
             if guided:
@@ -215,7 +216,7 @@ def open_model(config: RunConfig, policy: Policy | None = None, folder: Path | N
             policy.load(final_weights(config.train.init_from, config))
         if world:
             policy = spread(policy, config, world)
-    engine = open_engine(config, policy, source, folder)
+    engine = open_engine(config, policy, source, folder, world)
     return OpenModel(config, policy, engine, Verifier(config.reward), splits, world or World())
 
 

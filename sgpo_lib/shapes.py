@@ -139,7 +139,7 @@ def find_shape(model: ModelConfig) -> tuple[Shape, str]:
         return _tiny(model.source), "the sizes in sgpo_lib/tiny.py"
     file = _config_file(model)
     if file is None and model.source in PUBLISHED:
-        return PUBLISHED[model.source], "its published sizes (its config.json is not on this machine)"
+        return PUBLISHED[model.source], "published sizes; its config.json is not on this machine"
     if file is None:
         raise ValueError(f"model.source: no config.json of {model.source!r} on this machine, and its sizes are not in "
                          f"sgpo_lib/shapes.py (known: {', '.join(PUBLISHED)}). Give a folder with its config.json")

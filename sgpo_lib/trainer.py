@@ -8,8 +8,10 @@ batch means for the weights is in `objective.py`.
 from __future__ import annotations
 
 import collections
+import json
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ from sgpo_lib.problems import load, require_solutions, require_strategies
 from sgpo_lib.prompts import expert_text, prompt_ids, response_ids
 from sgpo_lib.records import Problem
 from sgpo_lib.rollouts.groups import judge_groups, rollout_rows, sample_groups
-from sgpo_lib.runs import Run, Stopped, locked, open_run, stop_requested
+from sgpo_lib.runs import Run, Stopped, locked, open_run, stop_requested, write_atomic
 from sgpo_lib.session import FINAL, Session, open_session
 from sgpo_lib.sources.catalogue import readable
 from sgpo_lib.sources.rows import normalised
@@ -68,6 +70,11 @@ def train(config: RunConfig, *, name: str | None = None, root: Path | None = Non
 def work(config: RunConfig, run: Run, world: World, on_row: OnRow | None = None) -> None:
     """One worker's part of a training, from wherever the run stands to its end. Raises what `train` raises."""
     with open_session(config, run, world) as session:
+        if world.size > 1:
+            workers = world.woven([{"host": socket.gethostname(), "process": os.getpid(),
+                                    "device": str(session.policy.device)}])
+            if world.first:
+                write_atomic(run.folder / "workers.json", json.dumps(workers, indent=1))
         if world.first:
             run.same_problems(session.splits.fingerprint)
         _check(session)
@@ -209,8 +216,6 @@ def _check(session: Session) -> None:
 
 def _resume(session: Session) -> None:
     """Continue from the newest whole checkpoint; without one, drop what an earlier start may have logged."""
-    import json
-
     first = session.world.first
     checkpoints = session.world.from_first(session.run.checkpoints())
     if checkpoints:

@@ -23,7 +23,7 @@ ORDER = [
     "redaction", "runs", "answers", "equivalence", "reward_worker",
     "rewards", "strategies", "sources", "sources.rows", "sources.*", "sources.catalogue", "problems", "benchmarks",
     "world", "batching", "policy", "shapes", "plan_setup", "plan", "memory_check",
-    "rollouts.interface", "rollouts.fingerprint", "rollouts", "rollouts.*",
+    "rollouts.interface", "rollouts.fingerprint", "rollouts", "rollouts.vllm_engine", "rollouts.*",
     "rollouts.opening", "losses.masked", "losses", "losses.grpo", "losses.*",
     "analysis", "evaluation", "bases", "extraction", "extraction.records", "extraction.words", "extraction.mentions",
     "extraction.reading", "extraction.leaks", "extraction.chat", "extraction.output", "extraction.pipeline",

@@ -25,6 +25,9 @@ PUBLISHED = {"qwen2.5-1.5b": 1.54e9, "qwen2.5-7b": 7.61e9}
 """Parameters as the model cards give them."""
 
 
+BFLOAT16 = {"dtype": "bfloat16", "compute_dtype": ""}
+
+
 @pytest.fixture(params=SHAPES)
 def shaped(request, tmp_path):
     AutoConfig.for_model("qwen2", **SHAPES[request.param]).save_pretrained(tmp_path)
@@ -34,7 +37,7 @@ def shaped(request, tmp_path):
 def test_the_paper_models_by_hand(shaped):
     name, source = shaped
     count, shape = PUBLISHED[name], SHAPES[name]
-    full = memory_check.least(from_parameters(name, sampler="vllm"), source)
+    full = memory_check.least(from_parameters(name, sampler="vllm", **BFLOAT16), source)
     assert full.weights == pytest.approx(2 * count, rel=0.005) and full.training == 3 * full.weights
     cache = 2 * 28 * shape["num_key_value_heads"] * 128 * 2
     assert full.sampler == full.weights + 32768 * cache
@@ -44,7 +47,7 @@ def test_the_paper_models_by_hand(shaped):
     assert (lora.weights, lora.training, lora.sampler) == (full.weights, 4 * 4 * adapter, 0)
     few = memory_check.least(from_parameters(name, lora_rank=16, lora_targets="q_proj,v_proj"), source)
     assert few.training == 4 * 4 * 16 * 28 * (2 * h + h + kv)
-    cached = memory_check.least(from_parameters(name, sampler="vllm", kv_cache_gb=3.0), source)
+    cached = memory_check.least(from_parameters(name, sampler="vllm", kv_cache_gb=3.0, **BFLOAT16), source)
     assert cached.sampler == full.weights + 3 * memory_check.GIB
 
 
@@ -67,7 +70,30 @@ def test_7b_on_one_gpu(tmp_path, monkeypatch, gib, settings, message):
     AutoConfig.for_model("qwen2", **SHAPES["qwen2.5-7b"]).save_pretrained(tmp_path)
     monkeypatch.setattr(memory_check, "pick_device", lambda name: torch.device("cuda:0"))
     monkeypatch.setattr(memory_check, "device_memory", lambda device: gib * memory_check.GIB)
-    config = from_parameters("qwen2.5-7b", **settings)
+    config = from_parameters("qwen2.5-7b", **BFLOAT16, **settings)
+    if message is None:
+        memory_check.require_memory(config, str(tmp_path))
+    else:
+        with pytest.raises(ValueError, match="too little memory: .*" + message):
+            memory_check.require_memory(config, str(tmp_path))
+
+
+@pytest.mark.parametrize(("workers", "gib", "settings", "message"), [
+    (1, 80, {}, r"at least 113\.\d GiB \(weights 28\.4, gradients and optimizer 85\.1 GiB\)"),
+    (2, 56, {}, r"at least 56\.\d GiB .* 42\.6 GiB on each of 2 workers, 28\.4 GiB to load"),
+    (2, 80, {}, None), (32, 24, {}, r"at least 28\.4 GiB"), (32, 30, {}, None),
+    (4, 44, {}, None), (4, 44, {"sampler": "vllm", "sampler_dtype": "bfloat16", "gpu_memory_share": 0.4},
+                        r"at least 28\.4 GiB .*0\.6 of it beside vLLM"),
+    (4, 44, {"sampler": "vllm", "placement": "own"}, None),
+    (4, 15, {"sampler": "vllm", "placement": "own", "lora_rank": 16}, r"on a GPU of its own, cuda:0 has 15\.0 GiB"),
+    (8, 12, {"lora_rank": 16}, r"at least 14\.\d GiB"), (8, 16, {"lora_rank": 16}, None)])
+def test_7b_in_float32_on_several_workers(tmp_path, monkeypatch, workers, gib, settings, message):
+    """All weights are shared out, an adapter's base is not; each worker once holds the whole model to load it."""
+    AutoConfig.for_model("qwen2", **SHAPES["qwen2.5-7b"]).save_pretrained(tmp_path)
+    monkeypatch.setattr(memory_check, "pick_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(memory_check, "device_memory", lambda device: gib * memory_check.GIB)
+    engine = {"workers": workers, "engine": "ray"} if workers > 1 else {}
+    config = from_parameters("qwen2.5-7b", **engine, **settings)
     if message is None:
         memory_check.require_memory(config, str(tmp_path))
     else:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sgpo_lib.batch_spec import Job
-from sgpo_lib.distributed import answers
+from sgpo_lib.distributed import answers, token_cure
 from sgpo_lib.executors.attempts import read_attempts, record_failure
 from sgpo_lib.executors.child import Child
 from sgpo_lib.executors.interface import (
@@ -83,7 +83,8 @@ class RayExecutor(Executor):
             ray.init(address=asked, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR,
                      ignore_reinit_error=True)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            raise ValueError(f"engine ray: no Ray cluster at {asked} ({str(error).splitlines()[0]}). {cure}") from None
+            raise ValueError(f"engine ray: no Ray cluster at {asked} ({str(error).splitlines()[0]}). "
+                             f"{token_cure(asked)}{cure}") from None
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray puts its own there, which exits at once
         self._address = ray.get_runtime_context().gcs_address

@@ -38,6 +38,8 @@ class Holder(Engine, Protocol):
 
     ours: bool
     """Whether it was started by this process, and ends with it."""
+    in_process: bool
+    """Whether weights on a GPU can be handed over in memory."""
 
     def load_adapter(self, folder: Path, version: int, name: str) -> None:
         """Sample from the adapter in a folder from now on."""
@@ -124,14 +126,16 @@ class Delivered:
 
     def _deliver(self, engine: Holder) -> None:
         """Bring the policy over where it is not what was delivered last."""
-        current = _content(self.policy)
+        with self.policy.whole():
+            current = _content(self.policy)
         if current == self._delivered:
             return
         start = time.perf_counter()
         self.version += 1
         target = self.folder / f"version-{self.version:06d}-{current}"
-        if not self.policy.lora and self.policy.device.type == "cuda":
-            engine.receive_weights(self.policy.model)
+        if not self.policy.lora and self.policy.device.type == "cuda" and engine.in_process:
+            with self.policy.whole():
+                engine.receive_weights(self.policy.model)
             size = sum(p.numel() * p.element_size() for p in self.policy.parameters())
         else:
             self.policy.save(target)
@@ -165,7 +169,8 @@ class Delivered:
             wrong = wrong or [f"adapter, {w}" for w in differences(
                 held.get("adapter") or {}, adapter_numbers(_adapter(self.policy, self.dtype)))]
         else:
-            wrong = differences(held["base"], base_numbers(_base(self.policy), self.dtype))
+            with self.policy.whole():
+                wrong = differences(held["base"], base_numbers(_base(self.policy), self.dtype))
         if wrong:
             raise RuntimeError(
                 f"the sampler does not hold the policy's weights after delivery {self.version}: {len(wrong)} parts "

@@ -10,15 +10,17 @@ import torch
 
 from sgpo_lib.config import RunConfig
 from sgpo_lib.policy import Policy
-from sgpo_lib.rollouts.delivery import Delivered
+from sgpo_lib.rollouts.delivery import Delivered, Holder
 from sgpo_lib.rollouts.interface import Engine
 from sgpo_lib.rollouts.transformers_engine import TransformersEngine
 from sgpo_lib.shapes import GIB
+from sgpo_lib.world import World
 
 
-def open_engine(config: RunConfig, policy: Policy, source: str, folder: Path | None = None) -> Engine:
+def open_engine(config: RunConfig, policy: Policy, source: str, folder: Path | None = None,
+                world: World | None = None) -> Engine:
     """`source` is where the policy's base came from; `folder` where weights are put for the sampler (without it a
-    temporary one). vLLM starts with the first sample.
+    temporary one). vLLM starts with the first sample, for each of several workers as a Ray actor.
 
     Raises ValueError for whatever cannot work: vLLM missing or of another version, no server, sleep on a CPU.
     """
@@ -44,16 +46,23 @@ def open_engine(config: RunConfig, policy: Policy, source: str, folder: Path | N
         raise ValueError(f"model.device: got {policy.device}, but vLLM takes the first visible GPU. Set "
                          f"CUDA_VISIBLE_DEVICES={policy.device.index} and device='cuda'")
 
-    def start() -> VLLMEngine:
+    actor = world is not None and world.size > 1
+
+    def start() -> Holder:
         if policy.device.type == "cuda":
             torch.cuda.empty_cache()  # vLLM asks for memory that is free, not for what torch keeps
-        return VLLMEngine(source, stop_ids=policy.stop_ids(), lora_rank=config.model.lora_rank, sleep=rollout.sleep,
-                          **_arguments(config, policy, source))
+        arguments = {"stop_ids": policy.stop_ids(), "lora_rank": config.model.lora_rank, "sleep": rollout.sleep,
+                     **_arguments(config, policy, source, actor)}
+        if actor:
+            from sgpo_lib.rollouts.vllm_actor import VLLMActor
+
+            return VLLMActor(source, placement=rollout.placement, gpu=policy.device.type == "cuda", **arguments)
+        return VLLMEngine(source, **arguments)
 
     return Delivered(start, policy, folder, dtype, rollout.verify_weights)
 
 
-def _arguments(config: RunConfig, policy: Policy, source: str) -> dict[str, Any]:
+def _arguments(config: RunConfig, policy: Policy, source: str, actor: bool) -> dict[str, Any]:
     """Of `vllm.LLM`."""
     from sgpo_lib.rollouts.vllm_engine import cpu_arguments
 
@@ -65,7 +74,7 @@ def _arguments(config: RunConfig, policy: Policy, source: str) -> dict[str, Any]
         found["revision"] = model.revision
     if policy.device.type != "cuda":
         return found | cpu_arguments(rollout.kv_cache_gb or 1)
-    if not model.lora_rank:
+    if not model.lora_rank and not actor:
         from vllm.config.weight_transfer import WeightTransferConfig
 
         found["weight_transfer_config"] = WeightTransferConfig(backend="ipc")

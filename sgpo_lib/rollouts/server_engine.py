@@ -32,7 +32,7 @@ class ServerEngine:
     Raises ValueError where the package openai is missing, the address is none, or no server answers there.
     """
 
-    ours = False
+    ours, in_process = False, False
 
     def __init__(self, address: str, *, stop_ids: Sequence[int] = (), concurrency: int = 64, retries: int = 5,
                  timeout_s: float = 3600.0):

@@ -6,6 +6,8 @@ Debian's packages slurm-wlm and munge, and what requirements/cluster.lock lists:
 from __future__ import annotations
 
 import importlib.util
+import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ import pytest
 from worlds import Batch, RayWorld, SlurmWorld
 
 CLUSTER = Path(__file__).parent
+# a token of the tests' own: whether Ray asks for one depends on a file in the home folder
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

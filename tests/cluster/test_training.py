@@ -1,0 +1,189 @@
+"""Training on several workers with a real Ray: notebook 06, killed workers, stops, bad input, a cluster that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from parallel_world import assert_same_metrics
+from servers import free_port
+from worlds import RayWorld, root_of_runs, wait_for
+
+from sgpo_lib.recipes import from_parameters
+from sgpo_lib.runs import Run, load_run
+from sgpo_lib.trainer import train
+
+TINY = {"steps": 8, "problems_per_step": 4, "mini_batch": 2, "micro_batch": 16, "n_train": 80, "n_validation": 6,
+        "n_test": 5, "eval_every": 4, "test_k": 1, "max_new_tokens": 24, "save_every": 3, "keep_checkpoints": 9}
+
+
+@pytest.fixture
+def root(ray_cluster: RayWorld, runs_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A runs root of its own, with the cluster at RAY_ADDRESS."""
+    made = root_of_runs(tmp_path, runs_folder)
+    monkeypatch.setenv("SGPO_RUNS", str(made))
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
+    return made
+
+
+def notebook(job: Path, **parameters: Any) -> subprocess.Popen[str]:
+    """`sgpo run 06_full_run` as a process."""
+    given = [a for name, value in parameters.items() for a in ("-p", f"{name}={json.dumps(value)}")]
+    return subprocess.Popen([sys.executable, "-m", "sgpo_lib.cli", "run", "06_full_run", "--job", str(job), *given],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def only_run(root: Path) -> Run:
+    (folder,) = [path.parent for path in root.glob("*/config.yaml")]
+    return load_run(folder)
+
+
+def wait_for_step(root: Path, step: int) -> Run:
+    def there() -> bool:
+        return any(row["step"] >= step for path in root.glob("*/config.yaml")
+                   for row in load_run(path.parent).metrics("train"))
+
+    wait_for(there, f"step {step}", 180)
+    return only_run(root)
+
+
+def workers(run: Run) -> list[psutil.Process]:
+    told = json.loads((run.folder / "workers.json").read_text())
+    return [psutil.Process(worker["process"]) for worker in told]
+
+
+def test_notebook_06_goes_on_after_a_stop_and_a_killed_worker(root, tmp_path):
+    """All weights, sharded. The end is that of an undisturbed run of one worker."""
+    job, steps = tmp_path / "job", {"steps": 9}
+    fields = {"profile": "tiny", "engine": "ray", "workers": 2,
+              "overrides": {n: v for n, v in TINY.items() if n != "steps"}}
+    process = notebook(job, **fields, **steps)
+    wait_for_step(root, 1)
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=180)[0] and process.returncode == 75
+    stopped = [int(path.name.removeprefix("step-")) for path in only_run(root).checkpoints()]
+    assert stopped and (only_run(root).checkpoints()[-1] / "sharded").is_dir()
+
+    process = notebook(job, **fields, **steps)
+    run = wait_for_step(root, max(stopped) + random.Random().randint(1, 3))
+    victim = random.Random().choice(workers(run))
+    victim.kill()
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, out
+    log = (job / "log.txt").read_text()
+    assert f"2 workers, from step {max(stopped)}" in log and "a worker was lost" in log and "again from step" in log
+    run = only_run(root)
+    assert run.done and run.summary["workers"] == 2
+    alone = train(from_parameters("tiny", "sgpo", 0, **TINY | steps), root=root / "alone")
+    assert_same_metrics(alone, run)
+    assert "accuracy" in (job / "report.html").read_text()
+
+
+def test_notebook_06_with_an_adapter_on_smollm2(root, tmp_path):
+    process = notebook(tmp_path / "job", profile="smollm2", engine="ray", workers=2, steps=2, overrides={
+        "n_train": 8, "n_validation": 0, "n_test": 2, "max_new_tokens": 12, "warmup_share": 0.0})
+    out = process.communicate(timeout=600)[0]
+    run = only_run(root)
+    assert process.returncode == 0, out
+    assert run.done and run.config.model.lora_rank == 16 and len(run.metrics("train")) == 2
+    alone = train(from_parameters("smollm2", "sgpo", 0, **{
+        "steps": 2, "n_train": 8, "n_validation": 0, "n_test": 2, "max_new_tokens": 12, "warmup_share": 0.0}),
+        root=root / "alone")
+    assert_same_metrics(alone, run, 2e-5)
+
+
+def test_a_worker_that_dies_again_and_again_fails_and_one_worker_goes_on(root, capsys):
+    """Killed as soon as its step 1 is there; then the sharded checkpoint is taken up by a process alone."""
+    config = from_parameters("tiny", "grpo8", 0, **TINY | {"save_every": 1, "eval_every": 0, "engine": "ray",
+                                                          "workers": 2, "worker_restarts": 1})
+    over, killed = threading.Event(), []
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            path = root / config.label / "workers.json"
+            if path.exists() and (found := json.loads(path.read_text())[1]["process"]) not in killed and (
+                    killed or load_run(root / config.label).checkpoints()):
+                killed.append(found)
+                psutil.Process(found).kill()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        with pytest.raises(RuntimeError, match=r"a worker was lost 2 times in a row \(compute.worker_restarts = 1\)"):
+            train(config)
+    finally:
+        over.set()
+        thread.join()
+    run = load_run(root / config.label)
+    assert run.state == "failed" and len(killed) in (2, 3) and "again from step" in capsys.readouterr().err
+    assert "The last checkpoint is whole" in json.loads((run.folder / "FAILED.json").read_text())["message"]
+    before = run.checkpoints()[-1]
+    assert (before / "sharded").is_dir()
+    one = from_parameters("tiny", "grpo8", 0, **TINY | {"save_every": 1, "eval_every": 0})
+    assert one.label == config.label
+    done = train(one)
+    assert done.done and f"resumed after step {int(before.name[5:])}" in capsys.readouterr().err
+    assert_same_metrics(train(one, root=root / "alone"), done)
+
+
+def test_a_mistake_of_the_program_is_raised_as_it_was_and_not_repeated(root):
+    config = from_parameters("tiny", "grpo8", 0, **TINY | {"max_gap": 1e-30, "engine": "ray", "workers": 2})
+    with pytest.raises(RuntimeError, match=r"step 1: sampler and trainer log-probabilities differ by"):
+        train(config)
+    run = load_run(root / config.label)
+    assert run.state == "failed" and "max_gap" in json.loads((run.folder / "FAILED.json").read_text())["message"]
+
+
+def test_more_workers_than_devices_are_refused_before_work(root, ray_cluster):
+    for fields, told in (({"workers": 4}, rf"compute.workers: got 4, expected at most 2: the Ray cluster at "
+                          rf"{ray_cluster.address} has 2 CPUs, a worker takes 1"),
+                         ({"workers": 2, "worker_cpus": 2}, "got 2, expected at most 1: .*a worker takes 2"),
+                         ({"workers": 2, "device": "cuda"}, "got 2, expected at most 0: .*has 0 GPUs")):
+        config = from_parameters("tiny", "grpo8", 0, **TINY | fields | {"engine": "ray"})
+        with pytest.raises(ValueError, match=told):
+            train(config)
+        assert not load_run(root / config.label).metrics()
+
+
+def test_no_cluster_and_no_ray_are_told(root, monkeypatch):
+    config = from_parameters("tiny", "grpo8", 0, **TINY | {"engine": "ray", "workers": 2})
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"no Ray cluster at 127.0.0.1:\d+ \(RAY_ADDR"):
+        patch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+        train(config)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"needs Ray Train .* 'sgpo-workbench\[ray\]'"):
+        for name in [name for name in sys.modules if name.split(".")[0] == "ray"]:
+            patch.delitem(sys.modules, name)
+        patch.setitem(sys.modules, "ray", None)
+        train(config)
+
+
+def test_a_cluster_that_goes_away_leaves_the_last_checkpoint(root, ray_cluster, tmp_path):
+    """The last test of this file: it ends the cluster. Then the same command continues, with a Ray of its own."""
+    job = tmp_path / "job"
+    fields = {"profile": "tiny", "method": "grpo8", "engine": "ray", "workers": 2, "steps": 200,
+              "overrides": {n: v for n, v in (TINY | {"eval_every": 0, "save_every": 1}).items() if n != "steps"}}
+    process = notebook(job, **fields)
+    run = wait_for_step(root, 2)
+    ray_cluster.kill()
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, out
+    failed = json.loads((job / "FAILED.json").read_text())
+    assert "does not answer any more" in failed["message"] and run.state == "failed"
+    assert run.checkpoints() and (run.checkpoints()[-1] / "state.json").exists()
+    os.environ.pop("RAY_ADDRESS")
+    process = notebook(job, **{**fields, "steps": 200})
+    newest = int(run.checkpoints()[-1].name[5:])
+    wait_for_step(root, newest + 1)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=120)[0] and process.returncode == 130
+    assert f"2 workers, from step {newest}" in (job / "log.txt").read_text()
+    assert int(only_run(root).checkpoints()[-1].name[5:]) > newest
