@@ -9,8 +9,7 @@ and a mask. A short step comes first, after which AdamW's moments are there. Mea
 each phase (VmHWM, started anew before it), planned what `plan.phases` gives for the same configuration.
 
 MALLOC_MMAP_THRESHOLD_ makes glibc give every freed block of 256 KiB or more back at once, so that resident is close to
-alive, as it is in torch's allocator on a GPU. Left alone, glibc keeps freed blocks and cannot use them for the aligned
-ones that torch asks for: the column `glibc alone` has the peak of that.
+alive. Left alone, glibc keeps much of what is freed: the column `glibc alone` has the peak of that.
 """
 
 from __future__ import annotations
@@ -31,14 +30,15 @@ PROMPT = 64
 """Tokens of the longest prompt."""
 CASES: dict[str, dict[str, Any]] = {
     "lora-512": {"lora_rank": 16, "micro_batch": 4, "max_new_tokens": 448},
-    "lora-1024": {"lora_rank": 16, "micro_batch": 2, "max_new_tokens": 960},
-    "lora-1024-checkpointing": {"lora_rank": 16, "micro_batch": 2, "max_new_tokens": 960,
+    "lora-1024": {"lora_rank": 16, "micro_batch": 2, "max_new_tokens": 960, "sample": False},
+    "lora-1024-checkpointing": {"lora_rank": 16, "micro_batch": 2, "max_new_tokens": 960, "sample": False,
                                 "activation_checkpointing": True},
     "full-512": {"lora_rank": 0, "micro_batch": 4, "max_new_tokens": 448},
-    "full-1024": {"lora_rank": 0, "micro_batch": 2, "max_new_tokens": 960},
-    "full-1024-alone": {"lora_rank": 0, "micro_batch": 1, "max_new_tokens": 960},
+    "full-1024": {"lora_rank": 0, "micro_batch": 2, "max_new_tokens": 960, "sample": False},
+    "full-1024-alone": {"lora_rank": 0, "micro_batch": 1, "max_new_tokens": 960, "sample": False},
 }
-"""Name -> fields in which it differs from the profile `smollm2`. tests/test_plan.py measures two shorter ones."""
+"""Name -> fields in which it differs from the profile `smollm2`, and whether sampling is measured, which takes minutes
+with long responses and is far from the peak. tests/test_plan.py measures two shorter ones."""
 COMMON = {"problems_per_step": 2, "g1": 2, "g2": 2, "rollout_batch": 4, "device": "cpu", "torch_threads": 1,
           "n_test": 2, "test_k": 1, "eval_problems": 2}
 ALONE = ("lora-512", "full-512")
@@ -97,7 +97,8 @@ def measure(fields: dict[str, Any]) -> dict[str, Any]:
     from sgpo_lib.shapes import find_shape
     from sgpo_lib.world import World
 
-    config = from_parameters("smollm2", "sgpo", **{**COMMON, **fields})
+    samples = fields.get("sample", True)
+    config = from_parameters("smollm2", "sgpo", **{n: v for n, v in (COMMON | fields).items() if n != "sample"})
     longest = config.rollout.max_new_tokens
     measured: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as root, open_session(config, open_run(config, Path(root)), World()) as session:
@@ -105,7 +106,7 @@ def measure(fields: dict[str, Any]) -> dict[str, Any]:
         step(session, groups(config, 8))
         measured["rest"] = resident("VmRSS")
         requests = [SampleRequest(prompt(i), i) for i in range(config.rollout.rollout_batch)]
-        if longest < 512:  # more of them take minutes, and this phase is far from the peak
+        if samples:
             with peak_of(measured, "sample"):
                 session.engine.sample(requests, temperature=1.0, top_p=0.95, max_new_tokens=longest)
         made = groups(config, longest)

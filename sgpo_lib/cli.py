@@ -1,8 +1,8 @@
 """The command `sgpo`: plan a run, run a notebook or a batch headless, see how things stand, report, export weights.
 
-Errors that a user can cure print one line and exit with 2; a job that failed, or a plan that does not fit, exits with 1,
-a job that was asked to stop (SIGUSR1 or SIGTERM to `sgpo run`) with 75, an interrupt with 130. Commands import what they
-need when they run, so that the program starts at once.
+Errors that a user can cure print one line and exit with 2; a job that failed, or a plan that does not fit, exits with
+1, a job that was asked to stop (SIGUSR1 or SIGTERM to `sgpo run`) with 75, an interrupt with 130. Commands import what
+they need when they run, so that the program starts at once.
 """
 
 from __future__ import annotations

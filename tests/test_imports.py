@@ -32,7 +32,7 @@ ORDER = [
     "widgets.token_kl.metrics", "widgets.token_kl.ramps", "widgets.token_kl.panes", "widgets.token_kl.payload",
     "widgets.token_kl.static", "widgets.token_kl.page", "widgets.token_kl", "microscope",
     "guided_side", "interrupts", "parallel", "training_state", "session", "policy_sources", "supervised",
-    "tracking", "objective", "step_metrics", "distributed", "trainer",
+    "tracking", "objective", "step_metrics", "ray_driver", "distributed", "trainer",
     "frames", "figures", "token_statistics", "token_figures", "static_marks", "static_axes", "static_images",
     "comparison", "study", "claims", "study_figures", "exports",
     "method_figures", "strategy_figures", "groups_view", "live", "jobs", "pages", "kl_page", "report",

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sgpo_lib.batch_spec import Job
-from sgpo_lib.distributed import answers, token_cure
+from sgpo_lib.distributed import answers
 from sgpo_lib.executors.attempts import read_attempts, record_failure
 from sgpo_lib.executors.child import Child
 from sgpo_lib.executors.interface import (
@@ -30,6 +30,7 @@ from sgpo_lib.executors.interface import (
     write_queue,
 )
 from sgpo_lib.jobs import read_job
+from sgpo_lib.ray_driver import token_cure
 
 NAMESPACE = "sgpo"
 POLL_S = 1.0

@@ -1,0 +1,241 @@
+"""The process that talks to Ray for a training on several workers: `python -m sgpo_lib.ray_driver FOLDER`.
+
+It is not the notebook's own, since Ray ends a process whose cluster goes away. FOLDER/task holds the task and
+FOLDER/outcome what came of it, both pickled; printed lines are for the person who waits. distributed.py starts it.
+
+Ray Train counts a mistake in the program like a lost worker, and would repeat it. So each `fit` is one attempt here: a
+lost worker leads to another from the newest checkpoint, an error of the program is the outcome as it was raised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import pickle
+import re
+import shutil
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sgpo_lib.config import RunConfig
+from sgpo_lib.runs import Run, Stopped
+from sgpo_lib.world import World
+
+LEFT = ".left"
+"""In the run folder: all workers have ended well. Ray Train's own end takes 12 seconds more."""
+_PASSED_ON = ("SGPO_RUNS", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "VLLM_", "WANDB_", "NCCL_", "GLOO_", "TORCH_")
+"""Environment variables, or how their names begin, that workers get from here."""
+_BROKEN = re.compile(r"connection (closed|reset)|connection was|gloo|nccl|ProcessGroup|DistBackend", re.IGNORECASE)
+"""What a worker says whose partner is gone."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training for the workers."""
+
+    config: RunConfig
+    run: Path
+    folder: Path
+    """The current folder of whoever asks: relative paths of the configuration begin there."""
+    path: tuple[str, ...]
+    """Where Python finds modules."""
+    work: tuple[str, str]
+    """Module and name of the function that each worker calls with configuration, run and world."""
+    address: str
+    """Ray cluster; empty starts Ray on this machine."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a task ended."""
+
+    error: BaseException | None = None
+    """What is to be raised; None where the workers ended well: the run is done, or was asked to stop."""
+
+
+def newest(run: Run) -> int:
+    """Step of the newest checkpoint; 0 where there is none."""
+    found = run.checkpoints()
+    return int(found[-1].name.removeprefix("step-")) if found else 0
+
+
+def drive(task: Task) -> None:
+    """Train to the end, or to a stop. Raises ValueError for too few devices or no cluster; what a worker raised;
+    RuntimeError where workers are lost again and again."""
+    import ray
+
+    run, config = Run(task.run, task.config), task.config
+    _connect(ray, task.address)
+    gpu = _gpu(config, ray.cluster_resources())
+    _require_devices(config, ray.cluster_resources(), gpu, task.address)
+    lost, before = 0, newest(run)
+    print(f"{run.folder.name}: {config.compute.workers} workers, from step {before}", flush=True)
+    while error := _attempt(task, gpu):
+        reason = _reason_of_loss(error)
+        if reason is None:
+            raise _own(error) from error
+        now = newest(run)
+        lost, before = (lost + 1 if now == before else 1), now
+        if lost > config.compute.worker_restarts:
+            raise RuntimeError(
+                f"a worker was lost {lost} times in a row (compute.worker_restarts = "
+                f"{config.compute.worker_restarts}) without a new checkpoint after step {now}: {reason}. "
+                "Look for memory (sgpo plan) and at the nodes. The last checkpoint is whole: the same command goes on")
+        print(f"{run.folder.name}: a worker was lost ({reason}); again from step {now}", flush=True)
+
+
+def _connect(ray: Any, address: str) -> None:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as the next version does; else a warning
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a node that is taken away is a lost worker here
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    here = {} if address else {"num_cpus": len(os.sched_getaffinity(0)), "include_dashboard": False}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **here)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ValueError(f"no Ray cluster at {address or 'this machine'} ({str(error).splitlines()[0]}). "
+                         f"{token_cure(address)}Unset RAY_ADDRESS, and Ray starts on this machine alone") from None
+
+
+def token_cure(address: str) -> str:
+    """What to do about a cluster that asks for a token, where this process would send none; ends with a space."""
+    if not address or "RAY_AUTH_MODE" in os.environ:
+        return ""
+    return "A cluster that was started where ~/.ray/auth_token exists wants it: set RAY_AUTH_MODE=token. "
+
+
+def _gpu(config: RunConfig, there: dict[str, float]) -> bool:
+    return config.model.device.startswith("cuda") or (config.model.device == "auto" and there.get("GPU", 0) > 0)
+
+
+def _per_worker(config: RunConfig, gpu: bool) -> dict[str, float]:
+    """What a worker itself takes of the cluster."""
+    return {"CPU": float(config.compute.worker_cpus)} | ({"GPU": 1.0} if gpu else {})
+
+
+def _require_devices(config: RunConfig, there: dict[str, float], gpu: bool, address: str) -> None:
+    """Raises ValueError where the workers would wait for devices for ever."""
+    wanted, where = config.compute.workers, f"the Ray cluster at {address}" if address else "this machine"
+    if config.model.device.startswith("cuda:"):
+        raise ValueError(f"model.device: got {config.model.device!r} with compute.workers = {wanted}, expected 'cuda': "
+                         "each worker sees its own GPU alone")
+    own = gpu and config.rollout.sampler == "vllm" and config.rollout.placement == "own"
+    for name, each in _per_worker(config, gpu).items():
+        each += own and name == "GPU"
+        has = there.get(name, 0)
+        if wanted * each > has:
+            per = {"GPU": " (rollout.placement='own' takes a second one each)" if own else "",
+                   "CPU": f" (compute.worker_cpus = {each:g})"}[name]
+            raise ValueError(f"compute.workers: got {wanted}, expected at most {int(has // each)}: {where} has "
+                             f"{has:g} {name}s, a worker takes {each:g}{per}")
+
+
+# ---------------------------------------------------------------------------------------------------------- workers
+def _in_worker(told: dict[str, Any]) -> None:
+    """The training function of one worker."""
+    task: Task = told["task"]
+    os.chdir(task.folder)
+    os.environ.update(told["environment"])
+    sys.path[:] = [*dict.fromkeys([*task.path, *sys.path])]
+    import ray.train
+    import torch
+
+    if not told["gpu"]:
+        torch.set_num_threads(task.config.train.torch_threads or task.config.compute.worker_cpus)
+    context = ray.train.get_context()
+    work = getattr(importlib.import_module(task.work[0]), task.work[1])
+    world = World(context.get_world_rank(), context.get_world_size())
+    with contextlib.suppress(Stopped):  # all workers end after the same step
+        work(task.config, Run(task.run, task.config), world)
+    world.wait()
+    if world.first:
+        (task.run / LEFT).touch()
+
+
+def _attempt(task: Task, gpu: bool) -> Exception | None:
+    """One `fit`; returns what it raised."""
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as TrainRun
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    logs, left = task.run / "ray", task.run / LEFT
+    left.unlink(missing_ok=True)
+    trainer = TorchTrainer(
+        _in_worker, train_loop_config={
+            "task": task, "gpu": gpu,
+            "environment": {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=task.config.compute.workers, use_gpu=gpu,
+                                     resources_per_worker=_per_worker(task.config, gpu)),
+        run_config=TrainRun(name="train", storage_path=str(logs), failure_config=FailureConfig(max_failures=0)))
+    errors: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True, name="ray-train")
+    thread.start()
+    while thread.is_alive() and not left.exists():
+        thread.join(0.2)
+    left.unlink(missing_ok=True)
+    shutil.rmtree(logs, ignore_errors=True)
+    return errors[0] if errors else None
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+def _failures(error: Exception) -> list[BaseException]:
+    """What the workers raised, as it was raised, or what Ray says of them."""
+    found = list(getattr(error, "worker_failures", {}).values()) or [error]
+    return [getattr(failure, "_base_exc", failure) for failure in found]
+
+
+def _reason_of_loss(error: Exception) -> str | None:
+    """One line on the worker, or its vLLM, that went away; None where the program itself failed."""
+    import ray.exceptions
+
+    failures, lines = _failures(error), []
+    for failure in failures:
+        health = getattr(failure, "health_check_failure", None)
+        if health or isinstance(failure, ray.exceptions.RayError) or "HealthCheck" in type(failure).__name__:
+            lines.append(health or failure)
+    if not lines and all(_BROKEN.search(f"{type(e).__name__} {e}") for e in failures):
+        lines = failures
+    return " ".join(str(lines[0]).split())[:300] if lines else None
+
+
+def _own(error: Exception) -> BaseException:
+    """The error of the program among what the workers raised: no echo of a partner that stopped."""
+    failures = _failures(error)
+    return next((e for e in failures if not _BROKEN.search(f"{type(e).__name__} {e}")), failures[0])
+
+
+def main(folder: Path) -> None:
+    """Read the task, drive it, write the outcome."""
+    task: Task = pickle.loads((folder / "task").read_bytes())
+    os.chdir(task.folder)
+    outcome = Outcome()
+    try:
+        drive(task)
+    except Exception as error:
+        outcome = Outcome(error)
+    try:
+        data = pickle.dumps(outcome)
+        pickle.loads(data)
+    except Exception:  # an exception of the user's that does not travel
+        data = pickle.dumps(Outcome(RuntimeError(f"{type(outcome.error).__name__}: {outcome.error}")))
+    (folder / "outcome").write_bytes(data)
+
+
+if __name__ == "__main__":
+    from sgpo_lib import ray_driver  # its classes are pickled under that name
+
+    ray_driver.main(Path(sys.argv[1]))
+    import ray
+
+    ray.shutdown()
