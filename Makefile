@@ -10,7 +10,7 @@ SERIES := quickstart$(if $(SMOKE),-smoke)
 LOCK ?= run
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv venv-test run paper paper-quick test test-quick test-browser test-vllm test-cluster check strategies lab lock clean
+.PHONY: help venv venv-test run paper paper-quick test test-quick test-browser test-vllm test-vllm-ray test-cluster check strategies lab lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -57,10 +57,10 @@ paper-quick: venv  ## The same with fewer methods, seeds and steps (about ten mi
 	@echo; echo "  Look at   reports/paper-quick/results.md and reports/paper-smoke/index.html"
 
 test: venv-test  ## Run all tests but those of test-browser, test-vllm and test-cluster
-	@$(BIN)/python -m pytest -n $(if $(JOBS),$(JOBS),auto) --maxprocesses 8 --dist loadfile -m "not browser and not vllm and not cluster"
+	@$(BIN)/python -m pytest -n $(if $(JOBS),$(JOBS),auto) --maxprocesses 8 --dist loadfile -m "not browser and not vllm and not vllm_ray and not cluster"
 
 test-quick: venv-test  ## Run the tests that need no model and no notebook
-	@$(BIN)/python -m pytest -m "not slow and not browser and not vllm and not cluster"
+	@$(BIN)/python -m pytest -m "not slow and not browser and not vllm and not vllm_ray and not cluster"
 
 venv-browser: .venv/.browser-stamp
 
@@ -84,6 +84,9 @@ test-browser: venv-browser  ## Run the tests in a real browser (Chromium or Chro
 
 test-vllm: .venv-vllm/.stamp  ## Run the tests with a real vLLM on this CPU (an environment of its own)
 	@.venv-vllm/bin/python -m pytest -m vllm
+
+test-vllm-ray: .venv-vllm/.stamp  ## Two workers of Ray with a vLLM actor each (not part of CI: it takes four minutes)
+	@.venv-vllm/bin/python -m pytest -m vllm_ray
 
 .venv/.cluster-stamp: .venv/.test-stamp requirements/cluster.lock
 	@$(PIP) install --no-deps -r requirements/cluster.lock

@@ -1,4 +1,7 @@
-"""Two workers of Ray Train, each with a vLLM engine as a Ray actor: delivery of sharded weights, verified."""
+"""Two workers of Ray Train, each with a vLLM engine as a Ray actor: delivery of sharded weights, verified.
+
+`make test-vllm-ray`, apart from `make test-vllm` since it takes four minutes on two cores.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from sgpo_lib.recipes import from_parameters
 from sgpo_lib.runs import load_run
 from sgpo_lib.trainer import train
 
-pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("source", "importable")]
+pytestmark = [pytest.mark.vllm_ray, pytest.mark.usefixtures("source", "importable")]
 
 
 def test_two_workers_sample_with_a_vllm_actor_each(tmp_path, monkeypatch):
