@@ -85,7 +85,7 @@ test-browser: venv-browser  ## Run the tests in a real browser (Chromium or Chro
 test-vllm: .venv-vllm/.stamp  ## Run the tests with a real vLLM on this CPU (an environment of its own)
 	@.venv-vllm/bin/python -m pytest -m vllm
 
-test-vllm-ray: .venv-vllm/.stamp  ## Two workers of Ray with a vLLM actor each (not part of CI: it takes four minutes)
+test-vllm-ray: .venv-vllm/.stamp  ## Long tests outside CI: SmolLM2 on two workers of Ray, a vLLM actor each (ten minutes)
 	@.venv-vllm/bin/python -m pytest -m vllm_ray
 
 .venv/.cluster-stamp: .venv/.test-stamp requirements/cluster.lock

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +26,10 @@ from sgpo_lib.rewards import Verifier
 from sgpo_lib.runs import list_runs
 from sgpo_lib.session import Session, open_model
 from sgpo_lib.sources.rows import normalised
+from sgpo_lib.step_metrics import step_metrics, step_sums
 from sgpo_lib.strategies import is_spoiled, spoiled
 from sgpo_lib.testbed_families import FAMILIES
-from sgpo_lib.trainer import step_metrics, train, transfer_problems
+from sgpo_lib.trainer import train, transfer_problems
 
 SUM = Strategy("Sum", "Add place by place", ("Add the ones", "Add the tens"))
 GCD = Strategy("Greatest common divisor", "Euclid", ("Divide", "Repeat"))
@@ -206,7 +206,8 @@ def row_of(problems: list[Problem], alphas: list[float], guides: bool = True, **
     works = [ProblemWork(g, [0.0], [0], alpha) for g, alpha in zip(groups, alphas, strict=True)]
     session = SimpleNamespace(config=from_parameters("tiny", "sgpo" if guides else "grpo8", **data),
                               seconds={"sample": 1.0}, learning_rate=lambda step: 1e-3)
-    return step_metrics(cast(Session, session), groups, works, collections.Counter(), 1, 1)
+    made = cast(Session, session)
+    return step_metrics(made, step_sums(made, groups, works), 1, 1)
 
 
 def test_alpha_is_told_apart_for_spoiled_problems():

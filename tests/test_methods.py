@@ -1,4 +1,4 @@
-"""Every named method: documented, and trained for 20 steps on `tiny` from one base."""
+"""Every named method: documented, and trained for some steps on `tiny` from one base."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from sgpo_lib.trainer import train
 
 ROOT = Path(__file__).parent.parent
 SPEC = ROOT / "experiments" / "methods.yaml"
+SHORT = {"steps": 6, "eval_every": 3, "eval_problems": 12, "eval_k": 1, "test_k": 1}
 
 
 def test_the_batch_holds_every_method():
@@ -46,14 +47,14 @@ def test_every_method_has_a_look():
 
 @pytest.mark.slow
 def test_every_method_trains_from_one_base(tmp_path, monkeypatch):
-    """The batch's runs, without their notebooks (which test_notebooks.py executes): 20 steps each, all from the same
+    """The batch's runs, shorter and without their notebooks (which test_notebooks.py executes), all from the same
     weights, all finite."""
     (tmp_path / "bases").symlink_to(Path(os.environ["SGPO_RUNS"]) / "bases")
     monkeypatch.setenv("SGPO_RUNS", str(tmp_path))
     runs = {}
     for job in load_batch(SPEC).jobs:
         assert job.notebook.name == "06_full_run.ipynb"
-        run = train(from_parameters(**job.parameters))
+        run = train(from_parameters(**job.parameters | SHORT))
         runs[run.config.method.method] = run
     assert set(runs) == set(METHODS) and all(run.done for run in runs.values())
     starts = {run.metrics("eval")[0]["accuracy"] for name, run in runs.items() if name != "sft"}
@@ -65,7 +66,7 @@ def test_every_method_trains_from_one_base(tmp_path, monkeypatch):
 def check_metrics(name: str, run: Run) -> None:
     method = METHODS[name]
     rows = run.metrics("supervised" if method.objective == "supervised" else "train")
-    assert [row["step"] for row in rows] == list(range(1, 1 if method.objective == "none" else 21)), name
+    assert [row["step"] for row in rows] == list(range(1, 1 if method.objective == "none" else SHORT["steps"] + 1)), name
     assert all(math.isfinite(v) for row in run.metrics() for v in row.values() if isinstance(v, int | float)), name
     assert run.summary["test"]["problems"] == 40 and all(row["grad_norm"] > 0 for row in rows[:1]), name
     if method.objective == "rl":

@@ -81,20 +81,6 @@ def test_notebook_06_goes_on_after_a_killed_worker(root, tmp_path):
     assert "accuracy" in (job / "report.html").read_text()
 
 
-def test_notebook_06_with_an_adapter_on_smollm2(root, tmp_path, monkeypatch):
-    """In a Ray of its own, which leaves nothing behind."""
-    monkeypatch.delenv("RAY_ADDRESS")
-    fields = {"n_train": 8, "n_validation": 0, "n_test": 2, "max_new_tokens": 8, "warmup_share": 0.0, "g1": 3, "g2": 2}
-    process = notebook(tmp_path / "job", profile="smollm2", engine="ray", workers=2, steps=2, overrides=fields)
-    out = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, out
-    run = only_run(root)
-    assert run.done and run.config.model.lora_rank == 16 and len(run.metrics("train")) == 2
-    assert not (run.folder / "ray").exists() and not any(p.is_running() for p in started(run))
-    alone = train(from_parameters("smollm2", "sgpo", 0, steps=2, **fields), root=root / "alone")
-    assert_same_metrics(alone, run, 2e-5)
-
-
 def test_a_worker_that_dies_once_too_often_fails_and_one_worker_goes_on(root):
     """No restart is allowed; then the sharded checkpoint is taken up by a process alone."""
     fields = TINY | {"save_every": 1, "eval_every": 0}

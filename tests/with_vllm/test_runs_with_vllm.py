@@ -16,12 +16,13 @@ from sgpo_lib.rollouts.vllm_engine import VLLMEngine
 from sgpo_lib.runs import load_run
 from sgpo_lib.trainer import train
 
-pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("source", "importable")]
+pytestmark = pytest.mark.usefixtures("source", "importable")
 SMALL: dict[str, Any] = {
     "sampler": "vllm", "kv_cache_gb": 0.5, "context": 512, "max_new_tokens": 8, "problems_per_step": 2, "lr": 1e-3,
     "n_train": 32, "n_validation": 0, "rollout_batch": 24, "reward": "rewards_for_tests:coin"}
 
 
+@pytest.mark.vllm_ray
 def test_a_run_whose_delivery_is_lost_stops_with_the_reason(tmp_path, monkeypatch):
     """The second adapter never arrives. No step is made with samples of the first, and none is lost."""
     config = from_parameters("smollm2", "sgpo", 0, **SMALL, steps=3, n_test=0)
@@ -42,6 +43,7 @@ def test_a_run_whose_delivery_is_lost_stops_with_the_reason(tmp_path, monkeypatc
     assert [p.name for p in stopped.checkpoints()] == ["step-000001"], "where the same command goes on"
 
 
+@pytest.mark.vllm
 def test_notebook_06_runs_headless_with_vllm_and_lora(tmp_path):
     """RL and evaluation on SmolLM2; the report shows how far sampler and trainer were apart."""
     given = {**SMALL, "profile": "smollm2", "steps": 2, "n_test": 4, "test_k": 2}
