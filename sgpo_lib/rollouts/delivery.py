@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,8 +38,6 @@ class Holder(Engine, Protocol):
 
     ours: bool
     """Whether it was started by this process, and ends with it."""
-    in_process: bool
-    """Whether weights on a GPU can be handed over in memory."""
 
     def load_adapter(self, folder: Path, version: int, name: str) -> None:
         """Sample from the adapter in a folder from now on."""
@@ -47,11 +45,16 @@ class Holder(Engine, Protocol):
     def load_weights(self, folder: Path) -> None:
         """Replace all weights by those of a folder."""
 
-    def receive_weights(self, model: Any) -> None:
-        """Replace all weights by those of a model on the same GPU."""
-
     def held(self) -> dict[str, Any] | None:
         """`base`, `adapter` (numbers of fingerprint.py), `adapters`, `dtype`; None where the sampler does not tell."""
+
+
+@runtime_checkable
+class InMemory(Protocol):
+    """An engine that takes weights in the GPU's memory. Others get a folder."""
+
+    def receive_weights(self, model: Any) -> None:
+        """Replace all weights by those of a model on the same GPU."""
 
 
 class Delivered:
@@ -133,7 +136,7 @@ class Delivered:
         start = time.perf_counter()
         self.version += 1
         target = self.folder / f"version-{self.version:06d}-{current}"
-        if not self.policy.lora and self.policy.device.type == "cuda" and engine.in_process:
+        if not self.policy.lora and self.policy.device.type == "cuda" and isinstance(engine, InMemory):
             with self.policy.whole():
                 engine.receive_weights(self.policy.model)
             size = sum(p.numel() * p.element_size() for p in self.policy.parameters())

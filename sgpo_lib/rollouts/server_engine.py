@@ -32,7 +32,7 @@ class ServerEngine:
     Raises ValueError where the package openai is missing, the address is none, or no server answers there.
     """
 
-    ours, in_process = False, False
+    ours = False
 
     def __init__(self, address: str, *, stop_ids: Sequence[int] = (), concurrency: int = 64, retries: int = 5,
                  timeout_s: float = 3600.0):
@@ -117,10 +117,6 @@ class ServerEngine:
     def load_weights(self, folder: Path) -> None:
         """Raises ValueError: a server takes adapters."""
         raise ValueError("rollout.sampler='server' takes LoRA adapters only: set model.lora_rank, or sampler='vllm'")
-
-    def receive_weights(self, model: Any) -> None:
-        """Raises ValueError: a server takes adapters."""
-        self.load_weights(Path())
 
     def held(self) -> dict[str, Any] | None:
         """What the server's workers hold; None where it does not tell (see `_START`)."""

@@ -24,7 +24,7 @@ class VLLMActor:
     Raises what the engine raises.
     """
 
-    ours, in_process = True, False
+    ours = True
 
     def __init__(self, source: str, *, placement: str, gpu: bool, **arguments: Any):
         import ray
@@ -62,10 +62,6 @@ class VLLMActor:
     def load_weights(self, folder: Path) -> None:
         """As the engine's; the folder must be seen by the actor."""
         self._call("load_weights", folder.resolve())
-
-    def receive_weights(self, model: Any) -> None:
-        """Not over processes: weights come as a folder."""
-        raise NotImplementedError("weights of a training worker come to its vLLM actor as a folder")
 
     def held(self) -> dict[str, Any]:
         """As the engine's."""

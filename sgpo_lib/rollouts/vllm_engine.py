@@ -34,7 +34,7 @@ class VLLMEngine:
     Raises ValueError where vLLM is not installed or of another version, or where it cannot start.
     """
 
-    ours, in_process = True, True
+    ours = True
 
     def __init__(self, source: str, *, stop_ids: Sequence[int] = (), lora_rank: int = 0, sleep: bool = False,
                  **arguments: Any):
