@@ -37,24 +37,21 @@ def open_notebook(page: Any, address: str, notebook: str) -> None:
     page.goto(f"{address}/lab/tree/{notebook}?token=t&reset")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=60_000)
     page.wait_for_function("window.jupyterapp !== undefined", timeout=30_000)
-    status = page.locator(".jp-Notebook-ExecutionIndicator")
-    until(lambda: status.count() and status.first.get_attribute("data-status") == "idle", 60)
     page.wait_for_function(f"() => {_HERE}?.context?.path === '{notebook}' && {_HERE}.context.isReady", timeout=60_000)
+    # Told to run before the session has its kernel, JupyterLab asks for one in a dialog that takes all keys.
+    page.wait_for_function(f"() => {_HERE}.sessionContext.session?.kernel?.status === 'idle'"
+                           f" && {_HERE}.sessionContext.session.kernel.connectionStatus === 'connected'"
+                           f" && !{_HERE}.sessionContext.hasNoKernel", timeout=60_000)  # fmt: skip
 
 
 def run_all(page: Any, address: str, notebook: str, seconds: float = 240) -> None:
     """Open a notebook, run all of its cells and wait for the last: a kernel at work answers no widget."""
     open_notebook(page, address, notebook)
-    counts: list[Any] = []
-    for _ in range(10):  # the command may still come too early; its promise is kept when every cell has run
-        page.evaluate("seconds => Promise.race([window.jupyterapp.commands.execute('notebook:run-all-cells'), "
-                      "new Promise(ok => setTimeout(ok, 1000 * seconds))])", seconds)  # fmt: skip
-        counts = page.evaluate(f"[...{_HERE}.content.model.cells].filter(c => c.type === 'code')"
-                               ".map(c => c.executionCount)")  # fmt: skip
-        if all(counts):
-            return
-        time.sleep(1)
-    raise AssertionError(f"{notebook}: its cells did not run to the end, counts {counts}")
+    page.evaluate("seconds => Promise.race([window.jupyterapp.commands.execute('notebook:run-all-cells'), "
+                  "new Promise(ok => setTimeout(ok, 1000 * seconds))])", seconds)  # fmt: skip
+    counts = page.evaluate(f"[...{_HERE}.content.model.cells].filter(c => c.type === 'code')"
+                           ".map(c => c.executionCount)")  # fmt: skip
+    assert all(counts), f"{notebook}: its cells did not run to the end in {seconds:.0f} s, counts {counts}"
 
 
 def ask(page: Any, code: str) -> str:
