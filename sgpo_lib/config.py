@@ -217,6 +217,11 @@ class RunConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
+    def sampler_dtype(self) -> str:
+        """Of vLLM's weights and activations."""
+        return self.rollout.sampler_dtype or self.model.compute_dtype or self.model.dtype
+
+    @property
     def label(self) -> str:
         """Readable name of the run folder, unique per configuration."""
         return f"{self.profile}-{self.method.method}-s{self.seed}-{self.fingerprint[:8]}"

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_lib.config import RunConfig
-from sgpo_lib.ray_driver import Outcome, Task, newest
+from sgpo_lib.ray_driver import ADDRESS, Outcome, Task, newest
 from sgpo_lib.runs import Run, Stopped, stop_requested, write_atomic
 from sgpo_lib.world import World
 
@@ -53,9 +53,9 @@ def train_on_ray(work: Work, config: RunConfig, run: Run, on_row: OnRow | None) 
     task = Task(config, run.folder.resolve(), Path.cwd(), tuple(p for p in sys.path if p),
                 (work.__module__, work.__name__), address)
     with tempfile.TemporaryDirectory(prefix="sgpo-ray-") as folder, _started(task, Path(folder)) as driver:
-        interrupted = _follow(driver, run, follower, address)
+        interrupted = _follow(driver, run, follower, Path(folder) / ADDRESS)
         follower.tell()
-        outcome = _outcome(driver, Path(folder), run, address)
+        outcome = _outcome(driver, Path(folder), run)
     stop.unlink(missing_ok=True)
     if outcome.error:
         raise outcome.error
@@ -66,15 +66,18 @@ def train_on_ray(work: Work, config: RunConfig, run: Run, on_row: OnRow | None) 
 
 
 def _require_ray(config: RunConfig) -> str:
-    """Address of the cluster, empty for one of our own. Raises ValueError where there is no Ray, or none there."""
+    """HOST:PORT of the cluster or `auto`, empty for one of our own. Raises ValueError without Ray, or a cluster."""
     if importlib.util.find_spec("ray") is None:
         raise ValueError(f"compute.workers: got {config.compute.workers}, which needs Ray Train, and ray is not "
                          "installed. Cure: pip install 'sgpo-workbench[ray]', or workers=1")
-    address = os.environ.get("RAY_ADDRESS", "").removeprefix("ray://")
-    if address and not answers(address):
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("ray://"):
+        raise ValueError(f"RAY_ADDRESS: got {address}, the port of Ray's client. Give the cluster's own, HOST:6379 "
+                         "where it was started with `ray start --head`")
+    if address not in ("", "auto", "local") and not answers(address):
         raise ValueError(f"no Ray cluster at {address} (RAY_ADDRESS). Start one with `ray start --head`, or unset it: "
                          "then Ray starts on this machine alone")
-    return address
+    return "" if address == "local" else address
 
 
 @contextlib.contextmanager
@@ -110,17 +113,18 @@ def _tell(driver: subprocess.Popen[str]) -> None:
         print(line.rstrip("\n"), file=sys.stderr, flush=True)
 
 
-def _follow(driver: subprocess.Popen[str], run: Run, follower: _Follower, address: str) -> bool:
-    """Until the driver ends; whether Ctrl-C was pressed. A second one is raised at once."""
+def _follow(driver: subprocess.Popen[str], run: Run, follower: _Follower, where: Path) -> bool:
+    """Until the driver ends, or the cluster whose address the driver writes to `where` is gone; whether Ctrl-C was
+    pressed. A second one is raised at once."""
     heard, asked, presses = time.monotonic(), time.monotonic(), 0
     while driver.poll() is None:
         try:
             follower.tell()
             if stop_requested(run.folder) and not (run.folder / "STOP").exists():  # that of the job
                 write_atomic(run.folder / "STOP", "job\n")
-            if address and time.monotonic() - asked > 2:
+            if where.exists() and time.monotonic() - asked > 2:
                 asked = time.monotonic()
-                heard = time.monotonic() if answers(address) else heard
+                heard = time.monotonic() if answers(where.read_text()) else heard
                 if asked - heard > CLUSTER_GONE_S:
                     return False
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -133,11 +137,12 @@ def _follow(driver: subprocess.Popen[str], run: Run, follower: _Follower, addres
     return presses > 0
 
 
-def _outcome(driver: subprocess.Popen[str], folder: Path, run: Run, address: str) -> Outcome:
+def _outcome(driver: subprocess.Popen[str], folder: Path, run: Run) -> Outcome:
     """What the driver wrote; where it wrote nothing, why."""
     if (folder / "outcome").exists():
         return pickle.loads((folder / "outcome").read_bytes())
     kept = f"The last checkpoint, after step {newest(run)}, is whole: the same command continues"
+    address = (folder / ADDRESS).read_text() if (folder / ADDRESS).exists() else ""
     if address and not answers(address):
         return Outcome(RuntimeError(f"the Ray cluster at {address} does not answer any more. {kept}, with a cluster at "
                                     "RAY_ADDRESS or without one"))

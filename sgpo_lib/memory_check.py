@@ -67,10 +67,10 @@ def least(config: RunConfig, source: str) -> Need:
     count, width = sum(p.numel() for p in empty.parameters()), BYTES[model.dtype]
     sampler = 0
     if rollout.sampler == "vllm":
-        size = BYTES[rollout.sampler_dtype or model.dtype]
+        size = BYTES[config.sampler_dtype]
         shape = shape_of({name: getattr(found, name, None) for name in _FIELDS})
         context = min(model.context or shape.context, shape.context)
-        cache = int(rollout.kv_cache_gb * GIB) or context * shape.cache_per_token(size)
+        cache = int(config.compute.kv_cache_gb * GIB) or context * shape.cache_per_token(size)
         sampler = count * size + cache
     if model.lora_rank:
         names = model.lora_targets.split(",")
@@ -96,23 +96,23 @@ def require_memory(config: RunConfig, source: str) -> None:
         need = least(config, source)
     except (OSError, ValueError, KeyError, AttributeError):  # an unreadable model: loading it tells better
         return
-    total, share = device_memory(device), config.rollout.gpu_memory_share
+    total, share = device_memory(device), config.compute.gpu_memory_share
     told = f"{device} has {total / GIB:.1f} GiB"
     detail = f"weights {need.weights / GIB:.1f}, gradients and optimizer {need.training / GIB:.1f} GiB"
     if config.compute.workers > 1:
         detail += f" on each of {config.compute.workers} workers"
-    cure = ("Lower model.context or rollout.kv_cache_gb, use model.dtype='bfloat16'" +
+    cure = ("Lower model.context or compute.kv_cache_gb, use model.dtype='bfloat16'" +
             ("" if config.model.lora_rank else ", train an adapter (model.lora_rank=16)") + ", or take a larger device")
-    sleep = config.rollout.sleep
-    elsewhere = config.rollout.placement == "own"
+    sleep = config.compute.sleep
+    elsewhere = config.compute.placement == "own"
     engine = 0 if elsewhere else need.sampler  # on this device
-    if elsewhere and need.sampler > total:
+    if elsewhere and need.sampler > config.compute.vllm_share * total:
         raise ValueError(f"too little memory: vLLM needs at least {need.sampler / GIB:.1f} GiB for weights and cache "
-                         f"on a GPU of its own, {told}. {cure}")
+                         f"on a GPU of its own, of which it takes {config.compute.vllm_share:g}, {told}. {cure}")
     apart = device.type == "cuda" and engine > 0 and not sleep
-    if apart and engine > share * total and not config.rollout.kv_cache_gb:
+    if apart and engine > share * total and not config.compute.kv_cache_gb:
         raise ValueError(f"too little memory: vLLM needs at least {engine / GIB:.1f} GiB for weights and cache, "
-                         f"{told}, rollout.gpu_memory_share = {share:g} of it. Raise the share. {cure}")
+                         f"{told}, compute.gpu_memory_share = {share:g} of it. Raise the share. {cure}")
     room = (1 - share) * total if apart else total
     # asleep or not, gradients are not there
     sampling = need.weights + need.training * 2 // 3 + engine + need.gathered
@@ -123,5 +123,5 @@ def require_memory(config: RunConfig, source: str) -> None:
         whole = f", {need.whole / GIB:.1f} GiB to load the model whole" if need.whole else ""
         raise ValueError(f"too little memory: the run needs at least {wanted / GIB:.1f} GiB ({detail}{sampler}{whole}),"
                          f" {told}"
-                         + (f", {1 - share:g} of it beside vLLM (rollout.gpu_memory_share)" if apart else "")
+                         + (f", {1 - share:g} of it beside vLLM (compute.gpu_memory_share)" if apart else "")
                          + f". {cure}")

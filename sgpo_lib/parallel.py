@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from sgpo_lib.config import RunConfig
-from sgpo_lib.policy import WEIGHTS, Policy, pick_device
+from sgpo_lib.policy import Policy, _bits, _digest, pick_device
 from sgpo_lib.world import World
 
 
@@ -81,10 +81,10 @@ class Replicated(Policy):
         """Through DDP where gradients are to be averaged."""
         return self._ddp(**inputs) if torch.is_grad_enabled() else super().last_hidden_state(**inputs)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """As one process does; the first worker writes."""
         if self.world.first:
-            super().save(folder)
+            super().save(folder, dtype)
         self.world.wait()
 
 
@@ -132,14 +132,24 @@ class Sharded(Policy):
                 part.set_reshard_after_forward(part is not self.model, recurse=False)
                 part.reshard()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """The plain folder that one process writes, from weights gathered in the first worker's memory."""
         self.settle()
-        full = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        full: Any = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if self.world.first:
-            self.model.save_pretrained(folder / WEIGHTS, state_dict=full, is_main_process=True)
-            self.tokenizer.save_pretrained(folder / WEIGHTS)
+            self._write(folder, full, dtype)
         self.world.wait()
+
+    def content(self) -> str:
+        """Over the shards of all workers."""
+        self.settle()
+        return _digest(self.world.woven([_bits(p.to_local()) for p in self.parameters()]))  # type: ignore[attr-defined]
+
+    def gathered(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """From all workers."""
+        self.settle()
+        shards: Any = parameter.detach().to(dtype)
+        return shards.full_tensor()
 
     def load_state(self, state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
         """Each worker takes its shards of whole tensors."""

@@ -1,36 +1,19 @@
-"""Memory per GPU and time of a run, from formulas: what `sgpo plan` shows before anything is paid for.
+"""Memory of each GPU, from formulas: what `sgpo plan` shows before anything is paid for, beside plan_time.py.
 
 Every formula says what it counts and where that comes from. "Counted" is read off the code: the tensors that stay
 alive, with the numbers of the model's shape; `tests/test_plan.py` and `benchmarks/plan_memory.py` measure them.
-What is assumed and not counted stands below, one constant each.
 
-Units: bytes, seconds, tokens. e: bytes of a number in the computation. P parameters, A of an adapter. H, I, Q, K, V:
+Units: bytes, tokens. e: bytes of a number in the computation. P parameters, A of an adapter. H, I, Q, K, V:
 hidden, MLP, query and key numbers of a token, vocabulary. B sequences, S tokens of one, C tokens of a chunk.
 Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import math
-
-from sgpo_lib.plan_setup import BYTES, PROCESS_CPU, Setup, Term, own_gpu, terms
+from sgpo_lib.plan_setup import BYTES, PROCESS_CPU, PROCESS_GPU, Setup, Term, evaluations, own_gpu, terms
 from sgpo_lib.shapes import GIB
 
-FLOP_SHARE = 0.4
-"""Share of the peak FLOP/s that matrix products reach, in training and for prompts. Assumed."""
-BANDWIDTH_SHARE = 0.6
-"""Share of the memory bandwidth that decoding reaches. Assumed."""
-LINK_SHARE = 0.7
-"""Share of the link speed that collectives reach. Assumed."""
-LAYER_LAUNCH = 1e-3
-"""Seconds a layer that `transformers.generate` needs per token step beside the arithmetic. Assumed."""
-STEP_LAUNCH = 1e-3
-"""The same of a whole step of vLLM, with CUDA graphs. Assumed."""
-OWN_SHARE = 0.9
-"""Share of a GPU of its own that vLLM takes (vLLM's default)."""
 
-
-# --- memory ------------------------------------------------------------------------------------------------------
 def weights(s: Setup) -> int:
     """Weights that a worker holds between passes: P b whole beside an adapter, P b / workers where all train."""
     width = BYTES[s.config.model.dtype]
@@ -53,7 +36,7 @@ def copies(s: Setup) -> int:
 
 
 def gathered(s: Setup, *, whole: bool = False) -> int:
-    """Weights that FSDP2 has gathered: the root and two layers (one is fetched ahead), or all for sampling.
+    """Weights that FSDP2 has gathered: the root and two layers (one is fetched ahead), or all for `transformers`.
 
     In the computation's type (FSDP2's documentation: all-gather in param_dtype, the root is not resharded).
     """
@@ -176,21 +159,35 @@ def sampling(s: Setup, count: int, response: int) -> dict[str, int]:
 
 def engine(s: Setup) -> dict[str, int]:
     """vLLM's part of a worker's GPU: its share, or its weights with a cache of `kv_cache_gb` (opening.py)."""
-    rollout = s.config.rollout
-    if rollout.sampler != "vllm" or own_gpu(s.config):
+    compute = s.config.compute
+    if s.config.rollout.sampler != "vllm" or own_gpu(s.config):
         return {}
     own = s.shape.parameters * s.engine_size
-    if rollout.kv_cache_gb or s.process == PROCESS_CPU:
-        return {"vLLM weights": own, "vLLM cache": int((rollout.kv_cache_gb or 1) * GIB)}
-    return {"vLLM weights": own, "vLLM cache": max(int(rollout.gpu_memory_share * s.memory) - own,
+    if compute.kv_cache_gb or s.process == PROCESS_CPU:
+        return {"vLLM weights": own, "vLLM cache": int((compute.kv_cache_gb or 1) * GIB)}
+    return {"vLLM weights": own, "vLLM cache": max(int(compute.gpu_memory_share * s.memory) - own,
                                                    s.length(2**31) * s.shape.cache_per_token(s.engine_size))}
 
 
-def evaluated(s: Setup) -> int:
-    """Responses of the largest evaluation on one worker."""
-    e, data = s.config.evaluation, s.config.data
-    test = data.n_test * e.test_k
-    return -(-max(test, min(e.eval_problems, data.n_validation) * e.eval_k) // s.workers)
+def delivering(s: Setup) -> int:
+    """The largest parameter whole, as sharded weights are saved for vLLM and compared with what it holds
+    (parallel.py: `save`, `gathered`)."""
+    return BYTES[s.config.model.dtype] * s.shape.vocabulary * s.shape.hidden if s.sharded else 0
+
+
+def resting(s: Setup) -> dict[str, int]:
+    """vLLM's part while the policy trains: asleep it has its process's context left."""
+    if not s.config.compute.sleep:
+        return engine(s)
+    return {} if own_gpu(s.config) else {"vLLM process": PROCESS_GPU}
+
+
+def main_memory(s: Setup, gpus: int) -> int:
+    """Of a node with `gpus` GPUs, at least: every worker's whole model while it is loaded, or the weights of every vLLM
+    that sleeps and the first worker's copy of all weights while it saves them (parallel.py)."""
+    whole = BYTES[s.config.model.dtype] * s.shape.parameters
+    asleep = s.engine_size * s.shape.parameters if s.config.compute.sleep else 0
+    return gpus * PROCESS_CPU + max(gpus * whole, gpus * asleep + (0 if s.lora else whole))
 
 
 def phases(s: Setup) -> dict[str, dict[str, int]]:
@@ -200,18 +197,19 @@ def phases(s: Setup) -> dict[str, dict[str, int]]:
     """
     rollout, rl = s.config.rollout, s.config.method.objective == "rl"
     held = {"process": s.process, "weights": weights(s), "moments": moments(s), "guided side": copies(s)}
-    beside = {} if rollout.sleep else engine(s)
+    beside = resting(s)
     found: dict[str, dict[str, int]] = {}
     if s.workers > 1 and s.sharded:
         whole = BYTES[s.config.model.dtype] * s.shape.parameters
         found["load"] = {"process": s.process, "weights": whole}
+    largest = max((-(-e.responses // s.workers) for e in evaluations(s)), default=0)
     samplers = {"sample": (s.samples, rollout.max_new_tokens),
-                "evaluate": (evaluated(s), s.config.evaluation.eval_max_new_tokens or rollout.max_new_tokens)}
+                "evaluate": (largest, s.config.evaluation.eval_max_new_tokens or rollout.max_new_tokens)}
     for name, (count, response) in samplers.items():
         if count and rollout.sampler == "transformers":
             found[name] = held | {"gathered": gathered(s, whole=True)} | sampling(s, count, response)
         elif count:
-            found[name] = held | engine(s)
+            found[name] = held | engine(s) | {"gathered": delivering(s)}
     trained = held | {"gradients": gradients(s)} | beside
     for term in terms(s):
         if rl and term.name == "token KL":
@@ -230,120 +228,3 @@ def peak(s: Setup) -> tuple[str, int]:
     sums = {name: sum(parts.values()) for name, parts in phases(s).items()}
     name = max(sums, key=lambda n: sums[n])
     return name, sums[name]
-
-
-# --- time --------------------------------------------------------------------------------------------------------
-def flops(s: Setup) -> float:
-    """FLOP a second of one device."""
-    return FLOP_SHARE * (s.device.bfloat16 if s.size == 2 else s.device.float32)
-
-
-def forward_flops(s: Setup, tokens: float, context: float, logits: float) -> float:
-    """FLOP of a forward pass: 2 for each parameter of the layers and token; attention 4 Q for each pair of tokens and
-    layer (a mask lets none be skipped); 2 V H for each token with logits (Kaplan et al. 2020, section 2.1)."""
-    shape = s.shape
-    per_token = shape.layers * (2 * shape.layer + 4 * shape.queries * context)
-    return tokens * per_token + logits * 2 * shape.vocabulary * shape.hidden
-
-
-def sample_seconds(s: Setup, count: float, mean: int, longest: int) -> float:
-    """Decoding `count` responses on one device: the larger of memory traffic (weights once a step, the cache of every
-    running sequence) and arithmetic; the launches; the prompts by arithmetic.
-
-    `transformers`: a batch runs until its longest response ends, taken to be `longest`. vLLM: places are filled again
-    as responses end, but the last response takes its `longest` steps.
-    """
-    if not count:
-        return 0.0
-    shape, e, rollout = s.shape, s.engine_size, s.config.rollout
-    rows, cache = float(min(rollout.rollout_batch, count)), shape.cache_per_token(e)
-    if rollout.sampler == "transformers":
-        steps, each, launch = float(math.ceil(count / rows) * longest), longest, LAYER_LAUNCH * shape.layers
-    else:
-        room = engine(s).get("vLLM cache") or GIB * rollout.kv_cache_gb or OWN_SHARE * s.memory - e * shape.parameters
-        rows = max(1.0, min(rows, room / (cache * s.length(mean))))
-        steps, each, launch = max(count * mean / rows, longest), mean, STEP_LAUNCH
-    seen = s.prompt_tokens + each / 2
-    traffic = steps * e * shape.parameters + count * each * seen * cache
-    arithmetic = forward_flops(s, count * each, seen, count * each)
-    prompts = forward_flops(s, count * s.prompt_tokens, s.prompt_tokens, count)
-    decoding = max(traffic / (BANDWIDTH_SHARE * s.device.bandwidth), arithmetic / flops(s))
-    return decoding + steps * launch + prompts / flops(s)
-
-
-def update_flops(s: Setup, term: Term) -> float:
-    """FLOP of the forward and backward passes of a step on one worker.
-
-    Layers: 6 P a token where all weights train, 4 P for an adapter (no gradients of the base), 2 P more with
-    checkpointing. Attention: its backward pass is 2.5 forward passes (Dao 2023, FlashAttention-2, section 3.1). Output
-    matrix: forward twice (token_kl.py), backward 4 V H, with an adapter 2. The guided side is one forward pass more.
-    """
-    mean, shape = s.mean_tokens, s.shape
-    tokens = s.length(mean)
-    again = int(s.config.train.activation_checkpointing)
-    layers = shape.layers * tokens * ((4 if s.lora else 6) + 2 * again) * shape.layer
-    attention = shape.layers * tokens * 4 * shape.queries * tokens * (3.5 + again)
-    head = mean * shape.vocabulary * shape.hidden * (6 if s.lora else 8)
-    guided = forward_flops(s, tokens, tokens, 2 * mean) if term.guided else 0.0
-    return term.rows * (layers + attention + head + guided)
-
-
-def score_flops(s: Setup) -> float:
-    """Forward passes before the first update: reach of guided responses (Eq. 4; all are taken to be correct), and old
-    log-probabilities where a batch has several updates (trainer.py: `sgpo_step`)."""
-    method, train = s.config.method, s.config.train
-    several = train.updates_per_batch > 1 or 0 < train.mini_batch < train.problems_per_step
-    rows = s.problems * ((method.g2 if method.distillation != "none" else 0) + (method.g1 if several else 0))
-    tokens = s.length(s.mean_tokens)
-    return rows * forward_flops(s, tokens, tokens, s.mean_tokens) if method.objective == "rl" else 0.0
-
-
-def link(s: Setup) -> float:
-    """Bytes a second and direction between neighbours of a ring over all workers: its slowest link."""
-    return LINK_SHARE * (s.device.network if s.nodes > 1 else s.device.link)
-
-
-def communication(s: Setup) -> float:
-    """Seconds of collectives in a step's updates: per micro-batch FSDP2 gathers layers forward and backward and the
-    root once, in e bytes, and reduces gradients in float32; a ring moves (n - 1) / n of it past each worker. DDP adds
-    up an adapter's gradients: twice that of 4 A."""
-    n = s.workers
-    passes = sum(math.ceil(t.rows / t.together) for t in terms(s)) * s.config.train.updates_per_batch
-    if s.lora:
-        moved = 2 * 4 * s.trained
-    else:
-        moved = s.size * (2 * s.shape.layers * s.shape.layer + s.shape.root) + 4 * s.shape.parameters
-    return passes * moved * (n - 1) / n / link(s)
-
-
-def step_seconds(s: Setup) -> dict[str, float]:
-    """Phase -> seconds of a training step. Judging runs on the CPU and is left out, as is delivery to vLLM.
-
-    FSDP2 fetches weights while it computes, so an update takes the longer of arithmetic and communication.
-    """
-    rollout, train = s.config.rollout, s.config.train
-    arithmetic = sum(update_flops(s, t) for t in terms(s)) * train.updates_per_batch / flops(s)
-    updates = train.updates_per_batch * -(-train.problems_per_step // (train.mini_batch or train.problems_per_step))
-    traffic = 7 * s.trained * s.trained_size * updates  # AdamW reads four numbers a parameter and writes three
-    return {"sample": sample_seconds(s, s.samples, s.mean_tokens, rollout.max_new_tokens),
-            "score": score_flops(s) / flops(s), "update": max(arithmetic, communication(s)),
-            "optimizer": traffic / (BANDWIDTH_SHARE * s.device.bandwidth)}
-
-
-def evaluation_seconds(s: Setup) -> float:
-    """Of the evaluations before, while and after training (trainer.py), and of benchmarks whose `count` is given."""
-    e, data = s.config.evaluation, s.config.data
-    if s.config.method.objective == "supervised":
-        times, each = 0, 0
-    else:
-        times = (s.steps // e.eval_every if e.eval_every else 0) + 1 + bool(e.eval_every and s.steps % e.eval_every)
-        each = min(e.eval_problems, data.n_validation) * e.eval_k
-    sets = [spec.get("count", 0) * spec.get("k", e.test_k) for spec in e.benchmarks.values()]
-    longest = s.length(e.eval_max_new_tokens or s.config.rollout.max_new_tokens) - s.prompt_tokens
-    return sum(sample_seconds(s, math.ceil(count / s.workers), s.mean_tokens, longest)
-               for count in [each] * times + [data.n_test * e.test_k, *sets])
-
-
-def run_seconds(s: Setup) -> float:
-    """Of the whole run."""
-    return s.steps * sum(step_seconds(s).values()) + evaluation_seconds(s)

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sgpo_lib import plan
+from sgpo_lib import plan, plan_time
 from sgpo_lib.config import field_index, override, unknown
-from sgpo_lib.plan_setup import DEVICES, PROCESS_CPU, PROCESS_GPU, Setup, machine_memory, own_gpu
+from sgpo_lib.plan_setup import DEVICES, PROCESS_CPU, PROCESS_GPU, Setup, machine_memory, own_gpu, uncounted
 from sgpo_lib.recipes import METHODS, NOTEBOOK_FIELDS, PROFILES, from_parameters
 from sgpo_lib.shapes import GIB, find_shape
 
@@ -67,10 +67,10 @@ def set_up(arguments: argparse.Namespace, given: Mapping[str, Any]) -> tuple[Set
     fields = _fields(given)
     devices = arguments.nodes * arguments.gpus
     if not {"compute.workers", "workers"} & set(fields):
-        pair = fields.get("placement", fields.get("rollout.placement")) == "own"
+        pair = fields.get("placement", fields.get("compute.placement")) == "own"
         if pair and devices % 2:
             raise ValueError(f"--nodes, --gpus: got {arguments.nodes} x {arguments.gpus}, expected an even number of "
-                             "GPUs with rollout.placement='own', which pairs each trainer's GPU with one for vLLM")
+                             "GPUs with compute.placement='own', which pairs each trainer's GPU with one for vLLM")
         fields |= {"compute.workers": devices // 2 if pair else devices}
     workers = fields.get("compute.workers", fields.get("workers"))
     if workers != 1:
@@ -83,6 +83,9 @@ def set_up(arguments: argparse.Namespace, given: Mapping[str, Any]) -> tuple[Set
     if kind not in DEVICES:
         raise unknown("--gpu", kind, DEVICES)
     shape, source = find_shape(config.model)
+    if config.model.lora_rank and not shape.targets(config.model.lora_targets):
+        raise ValueError(f"model.lora_targets: got {config.model.lora_targets!r}, expected all-linear or some of "
+                         f"{', '.join(shape.linears)}")
     longest = config.rollout.max_new_tokens
     limit = min(config.model.context or shape.context, shape.context)
     prompt = arguments.prompt_tokens or max(1, min(max(64, min(512, longest)), limit - longest))
@@ -118,22 +121,22 @@ def warm_up(setup: Setup, arguments: argparse.Namespace, given: Mapping[str, Any
         before, _ = set_up(argparse.Namespace(**vars(arguments) | {"method": "sft"}), kept)
     except ValueError:  # 64 examples may not be shared by as many workers as the RL run's problems
         return None
-    return plan.run_seconds(before)
+    return plan_time.run_seconds(before)
 
 
 def faults(s: Setup) -> list[str]:
     """Why it does not fit; empty where it does."""
-    rollout, found = s.config.rollout, []
+    compute, found = s.config.compute, []
     phase, size = plan.peak(s)
     if size > s.memory:
         found.append(f"{phase} needs {size / GIB:.1f} GiB, {_device(s)} has {s.memory / GIB:.1f}")
-    if rollout.sampler == "vllm":
+    if s.config.rollout.sampler == "vllm":
         sequence = s.length(2**31) * s.shape.cache_per_token(s.engine_size)
-        need = s.engine_size * s.shape.parameters + (int(rollout.kv_cache_gb * GIB) or sequence)
-        share = plan.OWN_SHARE if own_gpu(s.config) else rollout.gpu_memory_share
-        if need > share * s.memory and (own_gpu(s.config) or not rollout.kv_cache_gb):
+        need = s.engine_size * s.shape.parameters + (int(compute.kv_cache_gb * GIB) or sequence)
+        share = compute.vllm_share
+        if need > share * s.memory and (own_gpu(s.config) or not compute.kv_cache_gb):
             found.append(f"vLLM needs {need / GIB:.1f} GiB for weights and the cache of one sequence, and has "
-                         f"{share:g} of {s.memory / GIB:.1f} GiB (rollout.gpu_memory_share)")
+                         f"{share:g} of {s.memory / GIB:.1f} GiB (compute.gpu_memory_share)")
     return found
 
 
@@ -155,13 +158,16 @@ def cure(s: Setup) -> dict[str, Any] | None:
 
 def _next(s: Setup, phase: str, told: list[str]) -> dict[str, Any] | None:
     """The next thing to try for the phase with the largest need."""
-    train, rollout, model = s.config.train, s.config.rollout, s.config.model
+    train, rollout, compute, model = s.config.train, s.config.rollout, s.config.compute, s.config.model
     if told[0].startswith("vLLM"):
-        more = round(rollout.gpu_memory_share + 0.05, 2)
+        more = round(compute.gpu_memory_share + 0.05, 2)
         return {"gpu_memory_share": more} if more < 0.95 and not own_gpu(s.config) else None
     largest = plan.phases(s)[phase]
     if sum(size for name, size in largest.items() if name in _FIXED) < s.memory:
-        if phase in ("sample", "evaluate") and rollout.sampler == "transformers" and rollout.rollout_batch > 1:
+        samples = phase in ("sample", "evaluate") and rollout.sampler == "transformers"
+        if samples and s.kind != "cpu" and not model.lora_dropout:  # a smaller batch takes as much longer
+            return {"sampler": "vllm", "sleep": True}
+        if samples and rollout.rollout_batch > 1:
             return {"rollout_batch": rollout.rollout_batch // 2}
         if phase.startswith("update") and not train.activation_checkpointing:
             return {"activation_checkpointing": True}
@@ -169,7 +175,7 @@ def _next(s: Setup, phase: str, told: list[str]) -> dict[str, Any] | None:
             return {"micro_batch": train.micro_batch // 2}
         if phase.startswith(("update", "score")) and train.kl_chunk_tokens > 64:
             return {"kl_chunk_tokens": train.kl_chunk_tokens // 2}
-        if rollout.sampler == "vllm" and not rollout.sleep and not own_gpu(s.config) and s.kind != "cpu":
+        if rollout.sampler == "vllm" and not compute.sleep and not own_gpu(s.config) and s.kind != "cpu":
             return {"sleep": True}
     return None if model.lora_rank else {
         "lora_rank": 16, "compute_dtype": "", "dtype": model.compute_dtype or model.dtype}
@@ -177,18 +183,23 @@ def _next(s: Setup, phase: str, told: list[str]) -> dict[str, Any] | None:
 
 def summary(s: Setup, price: float | None, source: str, warmup: float | None) -> dict[str, Any]:
     """Everything that is shown, as plain data: bytes, seconds, hours."""
-    told, step = faults(s), plan.step_seconds(s)
-    run, gpus = plan.run_seconds(s), s.workers * (1 + own_gpu(s.config))
-    hours = run / 3600 * gpus
+    told, step = faults(s), plan_time.step_seconds(s)
+    run, gpus = plan_time.run_seconds(s), s.workers * (1 + own_gpu(s.config))
+    hours, change = run / 3600 * gpus, cure(s) if told else {}
+    cured = dataclasses.replace(s, config=override(s.config, change)) if change else None
+    on_a_node = -(-s.workers // s.nodes)
     found: dict[str, Any] = {
         "profile": s.config.profile, "method": s.config.method.method, "gpu": s.kind, "gpus": gpus, "nodes": s.nodes,
         "workers": s.workers, "shape": source, "parameters": s.shape.parameters, "trained": s.trained,
         "mean_tokens": s.mean_tokens, "prompt_tokens": s.prompt_tokens,
         "max_new_tokens": s.config.rollout.max_new_tokens, "memory": s.memory, "phases": plan.phases(s),
         "peak": dict(zip(("phase", "bytes"), plan.peak(s), strict=True)),
-        "fits": not told, "faults": told, "cure": cure(s) if told else {},
-        "steps": s.steps, "step_seconds": step, "evaluation_seconds": plan.evaluation_seconds(s), "run_seconds": run,
-        "gpu_hours": hours, "cost": None if price is None else hours * price, "warm_up_seconds": warmup}
+        "fits": not told, "faults": told, "cure": change,
+        "cured_run_seconds": plan_time.run_seconds(cured) if cured else None,
+        "main_memory": plan.main_memory(s, on_a_node), "not_counted": uncounted(s),
+        "steps": s.steps, "step_seconds": step, "evaluation_seconds": plan_time.evaluation_seconds(s),
+        "run_seconds": run, "gpu_hours": hours,
+        "cost": None if price is None else hours * price, "warm_up_seconds": warmup}
     if s.config.profile in PAPER_PROFILES:
         found["paper"] = {"hours": PAPER_HOURS, "gpus": PAPER_GPUS}
     return found
@@ -231,28 +242,33 @@ def _parts(found: dict[str, Any]) -> list[Any]:
     seconds = found["step_seconds"]
     times = table("A training step", "phase", "seconds")
     for name, value in seconds.items():
-        times.add_row(name, f"{value:,.1f}")
+        if value:
+            times.add_row(name, f"{value:,.1f}")
     times.add_row("step", f"{sum(seconds.values()):,.1f}")
     return [f"{found['profile']}, {found['method']}: {found['parameters'] / 1e9:.2f}B parameters ({found['shape']}), "
-            f"{found['gpus']} x {found['gpu']}, {found['workers']} workers", memory, _verdict(found, gib), times,
-            _run(found, _duration), *_paper(found), _basis(found)]
+            f"{found['gpus']} x {found['gpu']}, {found['workers']} workers", memory,
+            _verdict(found, gib, _duration), times, _run(found, _duration), *_paper(found), _basis(found)]
 
 
-def _verdict(found: dict[str, Any], gib: Callable[[float], str]) -> str:
+def _verdict(found: dict[str, Any], gib: Callable[[float], str], duration: Callable[[float], str]) -> str:
+    node = "" if found["gpu"] == "cpu" else (f"Main memory of each node: at least {gib(found['main_memory'])} GiB "
+                                             "(loading, weights of sleeping vLLM, saving).\n")
     if found["fits"]:
-        return f"Fits: the largest need is {gib(found['peak']['bytes'])} GiB ({found['peak']['phase']}).\n"
+        return f"Fits: the largest need is {gib(found['peak']['bytes'])} GiB ({found['peak']['phase']}).\n{node}"
     cures = " ".join(f"-p {name}={str(value).lower() if isinstance(value, bool) else value}"
                      for name, value in (found["cure"] or {}).items())
     return (f"Does not fit, because {'; '.join(found['faults'])}. " +
-            (f"Cure: {cures}\n" if cures else "Take more or larger GPUs, or a shorter max_new_tokens\n"))
+            (f"Cure: {cures} (run: {duration(found['cured_run_seconds'])})\n" if cures else
+             "Take more or larger GPUs, or a shorter max_new_tokens\n"))
 
 
 def _run(found: dict[str, Any], duration: Callable[[float], str]) -> str:
     cost = "" if found["cost"] is None else f", cost {found['cost']:,.0f}"
     unit = "process" if found["gpu"] == "cpu" else "GPU"
+    left = f" Without {', '.join(found['not_counted'])}: no count given." if found["not_counted"] else ""
     return (f"Run: {found['steps']} steps of {sum(found['step_seconds'].values()):,.1f} s and evaluations of "
             f"{duration(found['evaluation_seconds'])}: {duration(found['run_seconds'])}, {found['gpu_hours']:,.1f} "
-            f"{unit}-hours{cost}.\n")
+            f"{unit}-hours{cost}.{left}\n")
 
 
 def _paper(found: dict[str, Any]) -> list[str]:

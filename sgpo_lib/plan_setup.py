@@ -111,7 +111,7 @@ class Setup:
     def engine_size(self) -> int:
         """Bytes of a number in the sampler."""
         vllm = self.config.rollout.sampler != "transformers"
-        return BYTES[self.config.rollout.sampler_dtype or self.config.model.dtype] if vllm else self.size
+        return BYTES[self.config.sampler_dtype] if vllm else self.size
 
     @property
     def problems(self) -> int:
@@ -119,7 +119,7 @@ class Setup:
         train, share = self.config.train, self.config.data.warmup_share
         supervised = self.config.method.objective == "supervised"
         items = round(self.config.data.n_train * ((share or 1) if supervised else 1 - share))
-        return max(1, min(train.problems_per_step, items) // self.workers)
+        return -(-min(train.problems_per_step, items) // self.workers)
 
     @property
     def samples(self) -> int:
@@ -140,6 +140,37 @@ class Setup:
         """Tokens of the longest prompt with a response, within the context."""
         limit = self.config.model.context or self.shape.context
         return min(self.prompt_tokens + response, limit, self.shape.context)
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """One test set, as often as it comes."""
+
+    name: str
+    times: int
+    responses: int
+    """Of one time, on all workers."""
+
+
+def evaluations(s: Setup) -> list[Evaluations]:
+    """What trainer.py evaluates: validation before, while and after training, and at the end test problems, those of
+    `transfer` and the benchmarks. `count` bounds a benchmark; without one it is left out (see `uncounted`)."""
+    e, data = s.config.evaluation, s.config.data
+    every, steps = e.eval_every, s.steps
+    times = 1 + (steps > 0) * (steps // every + (steps % every > 0) if every else 1)
+    supervised = s.config.method.objective == "supervised"  # its validation is a forward pass: left out
+    found = [Evaluations("validation", 0 if supervised else times, min(e.eval_problems, data.n_validation) * e.eval_k),
+             Evaluations("test", 1, data.n_test * e.test_k)]
+    if e.transfer:
+        found.append(Evaluations("transfer", 1, e.transfer.get("n_test", data.n_test) * e.test_k))
+    found += [Evaluations(name, 1, spec.get("count", 0) * spec.get("k", e.test_k))
+              for name, spec in e.benchmarks.items()]
+    return [e for e in found if e.times and e.responses]
+
+
+def uncounted(s: Setup) -> list[str]:
+    """Benchmarks of a size that is not known here."""
+    return [name for name, spec in s.config.evaluation.benchmarks.items() if not spec.get("count")]
 
 
 @dataclass(frozen=True)
@@ -179,4 +210,4 @@ def terms(s: Setup) -> list[Term]:
 
 def own_gpu(config: RunConfig) -> bool:
     """Whether each worker's vLLM has another GPU for itself."""
-    return config.rollout.sampler == "vllm" and config.rollout.placement == "own"
+    return config.rollout.sampler == "vllm" and config.compute.placement == "own"

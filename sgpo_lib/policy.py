@@ -78,11 +78,25 @@ class Policy:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else self.tokenizer.eos_token_id
 
-    def save(self, folder: Path) -> None:
-        """Write the training weights (safetensors): `adapter/` under LoRA, else `model/`, which loads by itself."""
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write the training weights (safetensors): `adapter/` under LoRA, else `model/`, which loads by itself; those
+        in `dtype` where one is given."""
+        self._write(folder, None if self.lora or dtype is None else self.model.state_dict(), dtype)
+
+    def _write(self, folder: Path, state: dict[str, Tensor] | None, dtype: torch.dtype | None) -> None:
         target = folder / (ADAPTER if self.lora else WEIGHTS)
-        self.model.save_pretrained(target)
+        if state is not None:
+            state = {name: t.to("cpu", dtype) for name, t in state.items() if name not in self._tied()}
+        self.model.save_pretrained(target, state_dict=state)
         self.tokenizer.save_pretrained(target)
+
+    def content(self) -> str:
+        """12 hex digits over every bit of the weights that train, computed where they are."""
+        return _digest([_bits(p) for p in self.parameters()])
+
+    def gathered(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        """A whole parameter. Where weights are sharded all workers must ask for it; it then comes in `dtype`."""
+        return parameter.detach()
 
     def load(self, folder: Path) -> None:
         """Take the training weights of a folder written by `save`, or of a checkpoint of several workers.
@@ -107,8 +121,7 @@ class Policy:
                                  "Use the lora_rank and lora_targets of the run that wrote it")
         else:
             missing, unexpected = self.load_state(load_file(file))
-            tied = set(self.model._tied_weights_keys or ()) if self.model.config.tie_word_embeddings else set()
-            if unexpected or set(missing) - tied:
+            if unexpected or set(missing) - self._tied():
                 raise ValueError(f"{file} holds other weights than this model: missing {missing}, extra {unexpected}")
 
     def _load_shards(self, folder: Path) -> None:
@@ -133,8 +146,22 @@ class Policy:
             digest.update(parameter.detach().to("cpu", torch.float32).numpy().tobytes())
         return digest.hexdigest()[:12]
 
+    def _tied(self) -> set[str]:
+        """Names of the parameters that are another one."""
+        return set(self.model._tied_weights_keys or ()) if self.model.config.tie_word_embeddings else set()
+
     def _causal_model(self) -> Any:
         return self.model.get_base_model() if self.lora else self.model
+
+
+@torch.no_grad()
+def _bits(values: Tensor) -> tuple[int, float]:
+    return (int(torch.hash_tensor(values).view(torch.int64)), float(values.sum(dtype=torch.float64))) \
+        if values.numel() else (0, 0.0)
+
+
+def _digest(parts: list[tuple[int, float]]) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def pick_device(name: str) -> torch.device:

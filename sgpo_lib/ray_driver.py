@@ -1,7 +1,8 @@
 """The process that talks to Ray for a training on several workers: `python -m sgpo_lib.ray_driver FOLDER`.
 
 It is not the notebook's own, since Ray ends a process whose cluster goes away. FOLDER/task holds the task and
-FOLDER/outcome what came of it, both pickled; printed lines are for the person who waits. distributed.py starts it.
+FOLDER/outcome what came of it, both pickled, FOLDER/address that of a cluster which is not of its own; printed lines
+are for the person who waits. distributed.py starts it.
 
 Ray Train counts a mistake in the program like a lost worker, and would repeat it. So each `fit` is one attempt here: a
 lost worker leads to another from the newest checkpoint, an error of the program is the outcome as it was raised.
@@ -17,18 +18,25 @@ import re
 import shutil
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sgpo_lib.config import RunConfig
-from sgpo_lib.runs import Run, Stopped
+from sgpo_lib.runs import Run, Stopped, stop_requested, write_atomic
 from sgpo_lib.world import World
 
+ADDRESS = "address"
 LEFT = ".left"
 """In the run folder: all workers have ended well. Ray Train's own end takes 12 seconds more."""
+_SETTLED_S = 10.0
+"""Devices of a former attempt come free within that time; afterwards the wait is told."""
 _PASSED_ON = ("SGPO_RUNS", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "VLLM_", "WANDB_", "NCCL_", "GLOO_", "TORCH_")
 """Environment variables, or how their names begin, that workers get from here."""
+_PATIENCE_S = 7 * 24 * 3600
+"""How long a worker waits for another at a collective: they sample by themselves, hours long in an evaluation. Ray
+finds out within seconds when one has gone."""
 _BROKEN = re.compile(r"connection (closed|reset)|connection was|gloo|nccl|ProcessGroup|DistBackend", re.IGNORECASE)
 """What a worker says whose partner is gone."""
 
@@ -46,7 +54,7 @@ class Task:
     work: tuple[str, str]
     """Module and name of the function that each worker calls with configuration, run and world."""
     address: str
-    """Ray cluster; empty starts Ray on this machine."""
+    """HOST:PORT of a Ray cluster, or `auto` for the one that this machine is part of; empty starts Ray here."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +71,20 @@ def newest(run: Run) -> int:
     return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
-def drive(task: Task) -> None:
+def drive(task: Task, folder: Path) -> None:
     """Train to the end, or to a stop. Raises ValueError for too few devices or no cluster; what a worker raised;
     RuntimeError where workers are lost again and again."""
     import ray
 
     run, config = Run(task.run, task.config), task.config
     _connect(ray, task.address)
+    if task.address:
+        write_atomic(folder / ADDRESS, ray.get_runtime_context().gcs_address)
     gpu = _gpu(config, ray.cluster_resources())
-    _require_devices(config, ray.cluster_resources(), gpu, task.address)
+    _require_devices(config, [node["Resources"] for node in ray.nodes() if node["Alive"]], gpu, task.address)
     lost, before = 0, newest(run)
     print(f"{run.folder.name}: {config.compute.workers} workers, from step {before}", flush=True)
-    while error := _attempt(task, gpu):
+    while _free(ray, config, run, gpu) and (error := _attempt(task, gpu)):
         reason = _reason_of_loss(error)
         if reason is None:
             raise _own(error) from error
@@ -112,25 +122,49 @@ def _gpu(config: RunConfig, there: dict[str, float]) -> bool:
 
 
 def _per_worker(config: RunConfig, gpu: bool) -> dict[str, float]:
-    """What a worker itself takes of the cluster."""
+    """What a worker itself takes of one node."""
     return {"CPU": float(config.compute.worker_cpus)} | ({"GPU": 1.0} if gpu else {})
 
 
-def _require_devices(config: RunConfig, there: dict[str, float], gpu: bool, address: str) -> None:
+def _own_gpus(config: RunConfig, gpu: bool) -> int:
+    """GPUs of all workers' samplers, on whatever node."""
+    return config.compute.workers if gpu and config.compute.placement == "own" else 0
+
+
+def _free(ray: Any, config: RunConfig, run: Run, gpu: bool) -> bool:
+    """Wait until the devices are free; False where the run was asked to stop before."""
+    each, told, since = _per_worker(config, gpu), False, time.monotonic()
+    wanted = {name: config.compute.workers * size for name, size in each.items()}
+    if gpu:
+        wanted["GPU"] += _own_gpus(config, gpu)
+    while not stop_requested(run.folder):
+        free = ray.available_resources()
+        if all(free.get(name, 0) >= size for name, size in wanted.items()):
+            return True
+        if not told and time.monotonic() - since > _SETTLED_S:
+            told = True
+            print(f"{run.folder.name}: waiting for " + ", ".join(
+                f"{size:g} {name}s ({free.get(name, 0):g} free)" for name, size in wanted.items()), flush=True)
+        time.sleep(0.5)
+    return False
+
+
+def _require_devices(config: RunConfig, nodes: list[dict[str, float]], gpu: bool, address: str) -> None:
     """Raises ValueError where the workers would wait for devices for ever."""
     wanted, where = config.compute.workers, f"the Ray cluster at {address}" if address else "this machine"
     if config.model.device.startswith("cuda:"):
         raise ValueError(f"model.device: got {config.model.device!r} with compute.workers = {wanted}, expected 'cuda': "
                          "each worker sees its own GPU alone")
-    own = gpu and config.rollout.sampler == "vllm" and config.rollout.placement == "own"
+    own = _own_gpus(config, gpu) > 0
     for name, each in _per_worker(config, gpu).items():
-        each += own and name == "GPU"
-        has = there.get(name, 0)
-        if wanted * each > has:
-            per = {"GPU": " (rollout.placement='own' takes a second one each)" if own else "",
-                   "CPU": f" (compute.worker_cpus = {each:g})"}[name]
-            raise ValueError(f"compute.workers: got {wanted}, expected at most {int(has // each)}: {where} has "
-                             f"{has:g} {name}s, a worker takes {each:g}{per}")
+        has = [node.get(name, 0) for node in nodes]
+        room = int(sum(has) // (each + 1)) if own and name == "GPU" else sum(int(n // each) for n in has)
+        if wanted > room:
+            per = {"GPU": " and its vLLM another one (compute.placement='own')" if own else "",
+                   "CPU": " of one node (compute.worker_cpus)"}[name]
+            nodes_told = f" on {len(nodes)} nodes" if len(nodes) > 1 else ""
+            raise ValueError(f"compute.workers: got {wanted}, expected at most {room}: {where} has {sum(has):g} "
+                             f"{name}s{nodes_told}, a worker takes {each:g}{per}")
 
 
 # ---------------------------------------------------------------------------------------------------------- workers
@@ -167,7 +201,7 @@ def _attempt(task: Task, gpu: bool) -> Exception | None:
         _in_worker, train_loop_config={
             "task": task, "gpu": gpu,
             "environment": {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}},
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo"),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpu else "gloo", timeout_s=_PATIENCE_S),
         scaling_config=ScalingConfig(num_workers=task.config.compute.workers, use_gpu=gpu,
                                      resources_per_worker=_per_worker(task.config, gpu)),
         run_config=TrainRun(name="train", storage_path=str(logs), failure_config=FailureConfig(max_failures=0)))
@@ -202,7 +236,8 @@ def _reason_of_loss(error: Exception) -> str | None:
     failures, lines = _failures(error), []
     for failure in failures:
         health = getattr(failure, "health_check_failure", None)
-        if health or isinstance(failure, ray.exceptions.RayError) or "HealthCheck" in type(failure).__name__:
+        away = isinstance(failure, ray.exceptions.RayError) and not isinstance(failure, ray.exceptions.RayTaskError)
+        if health or away or "HealthCheck" in type(failure).__name__:
             lines.append(health or failure)
     if not lines and all(_BROKEN.search(f"{type(e).__name__} {e}") for e in failures):
         lines = failures
@@ -221,7 +256,7 @@ def main(folder: Path) -> None:
     os.chdir(task.folder)
     outcome = Outcome()
     try:
-        drive(task)
+        drive(task, folder)
     except Exception as error:
         outcome = Outcome(error)
     try:

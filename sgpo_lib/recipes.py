@@ -83,6 +83,7 @@ _PAPER: dict[str, Any] = {
     "data.problems": "problems.jsonl", "warmup_share": 1 / 3,
     "n_train": 8500, "n_validation": 200, "n_test": 500, "max_new_tokens": 16384, "epochs": 10.0, "lr": 1e-6,
     "problems_per_step": 128, "mini_batch": 64, "micro_batch": 4, "kl_chunk_tokens": 512, "rollout_batch": 256,
+    "sampler": "vllm", "sleep": True, "activation_checkpointing": True,
     "eval_every": 20, "eval_problems": 200, "eval_max_new_tokens": 32768, "save_every": 10, "reward_workers": 8,
     "lr_warmup_ratio": 0.0,
 }
@@ -123,8 +124,8 @@ def from_parameters(profile: str = "tiny", method: str = "sgpo", seed: int = 0, 
 
     Order: defaults, profile, method, then `overrides`, whose names are short (`steps=60`) or dotted
     (`**{"train.steps": 60}`). Raises ValueError for an unknown profile, method or field, naming the nearest, and
-    for values that cannot work. A given `problems` clears the profile's `problem_args`, a given `steps` its `epochs`; a
-    given `lora_rank` turns its mixed precision into a base of that `compute_dtype`.
+    for values that cannot work. A given `problems` clears the profile's `problem_args`, a given `steps` its `epochs`, a
+    given `sampler` its `sleep`; a given `lora_rank` turns its mixed precision into a base of that `compute_dtype`.
     """
     if profile not in PROFILES:
         raise unknown("profile", profile, PROFILES)
@@ -139,6 +140,8 @@ def from_parameters(profile: str = "tiny", method: str = "sgpo", seed: int = 0, 
         implied["problem_args"] = {}  # the profile's arguments belong to the profile's source
     if "train.steps" in given and "train.epochs" not in given:
         implied["epochs"] = 0.0
+    if "rollout.sampler" in given:
+        implied["sleep"] = False
     adapter = overrides.get("lora_rank", overrides.get("model.lora_rank", 0))
     if adapter and config.model.compute_dtype and not given & {"model.dtype", "model.compute_dtype"}:
         implied |= {"dtype": config.model.compute_dtype, "compute_dtype": ""}  # an adapter is float32 by itself

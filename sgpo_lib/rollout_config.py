@@ -15,17 +15,8 @@ class RolloutConfig:
     server: str = ""
     """Address of the server for sampler `server`, such as http://node7:8000/v1. Its key comes from the environment."""
     sampler_dtype: str = ""
-    """Weights and activations of vLLM: `float32` or `bfloat16`; empty takes model.dtype."""
-    gpu_memory_share: float = 0.4
-    """Share of the GPU's memory that vLLM takes for weights and cache; the policy trains in the rest."""
-    kv_cache_gb: float = 0.0
-    """vLLM's key-value cache in GiB. On a GPU 0 means what `gpu_memory_share` leaves for it (that share must be free
-    either way), on a CPU 1."""
-    placement: str = "shared"
-    """vLLM of each worker where there are several: an actor of Ray on the worker's GPU (`shared`; `gpu_memory_share` is
-    its part of the memory), or on a GPU of its `own`."""
-    sleep: bool = False
-    """vLLM gives its GPU memory back while the policy trains, and takes it again to sample."""
+    """Weights and activations of vLLM: `float32` or `bfloat16`; empty takes the dtype that the
+    policy computes in."""
     verify_weights: bool = True
     """Compare the weights that vLLM holds with the policy's before each call, and stop where they differ. False only
     for a server that cannot tell them."""

@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sgpo_lib.benchmarks import load_benchmarks
 from sgpo_lib.config import RunConfig, override
 from sgpo_lib.evaluation import Evaluation
@@ -26,6 +28,7 @@ from sgpo_lib.problems import load, require_solutions, require_strategies
 from sgpo_lib.prompts import expert_text, prompt_ids, response_ids
 from sgpo_lib.records import Problem
 from sgpo_lib.rollouts.groups import judge_groups, rollout_rows, sample_groups
+from sgpo_lib.rollouts.interface import sample_seed
 from sgpo_lib.runs import Run, Stopped, locked, open_run, stop_requested, write_atomic
 from sgpo_lib.session import FINAL, Session, open_session
 from sgpo_lib.sources.catalogue import readable
@@ -89,7 +92,7 @@ def _loop(session: Session, on_row: OnRow | None) -> None:
     supervised = config.method.objective == "supervised"
     rows, held_rows = expert_rows(session) if supervised else ([], [])
     tracker = Tracker(config.train.track if world.first else "", run)
-    evaluated = {row["step"] for row in run.metrics("eval")}
+    evaluated = world.from_first({row["step"] for row in run.metrics("eval")})
 
     def log(row: dict[str, Any]) -> None:
         if not world.first:
@@ -125,10 +128,12 @@ def _loop(session: Session, on_row: OnRow | None) -> None:
         for step in range(session.step + 1, session.total_steps + 1):
             started, cpu = time.perf_counter(), time.process_time()
             session.seconds = {}
+            torch.manual_seed(sample_seed(config.seed, "dropout", step, world.rank))  # else nothing draws from torch's
             metrics = supervised_step(session, step, rows) if supervised else sgpo_step(session, step)
             seconds = {f"seconds_{k}": v for k, v in session.seconds.items()}
+            spent = sum(world.woven([time.process_time() - cpu]))
             log({"kind": "supervised" if supervised else "train", "step": step, **metrics, **seconds,
-                 "seconds_step": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu})
+                 "seconds_step": time.perf_counter() - started, "cpu_seconds": spent})
             session.step = step
             session.interrupts.release()
             complete(step)

@@ -28,8 +28,8 @@ OPTIMIZER = "optimizer.pt"
 
 def save_state(policy: Policy, optimizer: torch.optim.Optimizer, copies: list[torch.Tensor], folder: Path,
                first: bool) -> None:
-    """Write weights, optimizer, torch's generator and the guided side's copies. All workers call it."""
-    rest: dict[str, Any] = {"torch_rng": torch.get_rng_state(), "guided_side": copies}
+    """Write weights, optimizer and the guided side's copies. All workers call it."""
+    rest: dict[str, Any] = {"guided_side": copies}
     policy.settle()
     if isinstance(policy, Sharded):
         import torch.distributed.checkpoint as dcp
@@ -59,5 +59,4 @@ def load_state(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path) -
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
     else:
         set_optimizer_state_dict(model, optimizer, stored["optimizer"], options=StateDictOptions(full_state_dict=True))
-    torch.set_rng_state(stored["torch_rng"])
     return [copy.to(policy.device) for copy in stored["guided_side"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,21 +29,24 @@ class Training:
     stop: bool = False
 
 
-def on_workers(size: int, root: Path, trainings: Sequence[Training]) -> list[Run]:
-    """Train one after another on `size` processes. Raises what a worker raised, as torch tells it."""
+def on_workers(size: int, root: Path, trainings: Sequence[Training],
+               then: Callable[[World, Path], None] | None = None) -> list[Run]:
+    """Train one after another on `size` processes, and call `then` on each. Raises what a worker raised, as torch tells
+    it."""
     for training in trainings:
         run = open_run(training.config, root, training.name)
         if training.stop:
             (run.folder / "STOP").touch()
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_worker, args=(size, str(Path(folder) / "store"), root, list(trainings)),
+        torch.multiprocessing.spawn(_worker, args=(size, str(Path(folder) / "store"), root, list(trainings), then),
                                     nprocs=size)
     for training in trainings:
         (root / training.name / "STOP").unlink(missing_ok=True)
     return [load_run(root / training.name) for training in trainings]
 
 
-def _worker(rank: int, size: int, store: str, root: Path, trainings: list[Training]) -> None:
+def _worker(rank: int, size: int, store: str, root: Path, trainings: list[Training],
+            then: Callable[[World, Path], None] | None) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     for training in trainings:
@@ -51,6 +54,8 @@ def _worker(rank: int, size: int, store: str, root: Path, trainings: list[Traini
             work(training.config, load_run(root / training.name), World(rank, size))
         except Stopped:
             assert training.stop
+    if then:
+        then(World(rank, size), root)
     torch.distributed.destroy_process_group()
 
 

@@ -10,7 +10,7 @@ import torch
 from sgpo_lib.config import ModelConfig
 from sgpo_lib.policy import Policy, load_policy
 from sgpo_lib.recipes import from_parameters
-from sgpo_lib.rollouts.delivery import _adapter, _base, _content
+from sgpo_lib.rollouts.delivery import _adapter, base_parameters
 from sgpo_lib.rollouts.fingerprint import COLUMNS, adapter_numbers, base_numbers, columns, differences, part_of, read
 from sgpo_lib.trainer import train
 
@@ -65,8 +65,8 @@ def test_columns_are_spread_over_the_whole_width():
 def test_an_update_of_a_published_learning_rate_changes_every_layer(base, method):
     """1e-6, as the paper has it, on all weights."""
     policy = whole(base)
-    before = base_numbers(_base(policy), torch.float32)
-    content = _content(policy)
+    before = base_numbers(base_parameters(policy, torch.float32), torch.float32)
+    content = policy.content()
     for parameter in policy.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
     if method == "adam":
@@ -75,8 +75,8 @@ def test_an_update_of_a_published_learning_rate_changes_every_layer(base, method
         with torch.no_grad():
             for parameter in policy.parameters():
                 parameter.add_(1e-6 * parameter.grad.sign())
-    found = differences(base_numbers(_base(policy), torch.float32), before)
-    assert len(found) == len(before) and _content(policy) != content
+    found = differences(base_numbers(base_parameters(policy, torch.float32), torch.float32), before)
+    assert len(found) == len(before) and policy.content() != content
 
 
 def test_the_scale_of_an_adapter_counts(policy):
@@ -89,16 +89,16 @@ def test_the_scale_of_an_adapter_counts(policy):
 
 
 def test_the_base_below_an_adapter_is_the_whole_models(policy, base):
-    wrapped, plain = (base_numbers(_base(p), torch.float32) for p in (policy, whole(base)))
+    wrapped, plain = (base_numbers(base_parameters(p, torch.float32), torch.float32) for p in (policy, whole(base)))
     assert differences(wrapped, plain) == []
 
 
 def test_what_trains_decides_whether_there_is_something_to_deliver(policy):
-    before = _content(policy)
-    assert _content(policy) == before
+    before = policy.content()
+    assert policy.content() == before
     with torch.no_grad():
         policy.parameters()[-1][0, 0] += 1e-7
-    assert _content(policy) != before
+    assert policy.content() != before
 
 
 # --- runs ------------------------------------------------------------------------------------------------------
@@ -130,8 +130,8 @@ def test_a_gap_above_the_limit_stops_the_run(base, tmp_path):
     ({"sampler": "vllm", "lora_rank": 4, "lora_dropout": 0.1}, "model.lora_dropout: got 0.1"),
     ({"sampler": "vllm", "lora_rank": 600}, "model.lora_rank: got 600, expected at most 512"),
     ({"sampler": "vllm", "lora_rank": 4, "lora_targets": "q_proj,lm_head"}, "model.lora_targets: got 'q_proj,lm_head'"),
-    ({"sleep": True}, "rollout.sleep: got True"), ({"gpu_memory_share": 1.0}, "gpu_memory_share: got 1.0"),
-    ({"max_gap": 0.0}, "rollout.max_gap: got 0.0"), ({"kv_cache_gb": -1.0}, "rollout.kv_cache_gb: got -1.0"),
+    ({"sleep": True}, "compute.sleep: got True"), ({"gpu_memory_share": 1.0}, "gpu_memory_share: got 1.0"),
+    ({"max_gap": 0.0}, "rollout.max_gap: got 0.0"), ({"kv_cache_gb": -1.0}, "compute.kv_cache_gb: got -1.0"),
     ({"sampler_dtype": "float16"}, "rollout.sampler_dtype: got 'float16'")])
 def test_settings_that_cannot_work_are_refused(given, message):
     with pytest.raises(ValueError, match=message):

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from parallel_world import TOLERANCE, Training, assert_same_metrics, on_workers
+from safetensors.torch import load_file
 
 from sgpo_lib.export import export
-from sgpo_lib.parallel import decoder_layers
+from sgpo_lib.parallel import decoder_layers, spread
+from sgpo_lib.policy import load_policy
 from sgpo_lib.policy_sources import open_policy
 from sgpo_lib.recipes import from_parameters
+from sgpo_lib.rollouts.delivery import base_parameters
+from sgpo_lib.rollouts.fingerprint import base_numbers, differences
 from sgpo_lib.runs import Run, Stopped, open_run
 from sgpo_lib.trainer import train
 from sgpo_lib.world import World
@@ -34,7 +38,8 @@ SHORT = {"steps": 2, "mini_batch": 2, "updates_per_batch": 2, "eval_every": 0, "
 CASES = {
     "adapter-ema": ("sgpo", {**ADAPTER, "guided_side": "ema", "ema_decay": 0.5, "layout": "packed"}),
     "all-checkpointed": ("sgpo", {"activation_checkpointing": True, "weighting": "fixed", "max_grad_norm": 0.05}),
-    "reverse": ("no_grpo", {"distillation": "reverse_kl"}),
+    # one worker without a problem to validate on, and another number of batches to sample in the final test
+    "reverse": ("no_grpo", {"distillation": "reverse_kl", "n_validation": 1, "rollout_batch": 3}),
     "luffy": ("luffy8", {}),
     "hpt": ("hpt", {"expert_gate": 5}),
     "sft": ("sft", {}),
@@ -69,11 +74,24 @@ def done(base, root) -> dict[str, Run]:
              *(Training(f"{name}-2{then}", configs[name], stop=True) for name in RESUMED for then in (1, 2, 3))]
     again = [Training(f"{name}-{first}2", configs[name]) for name in RESUMED for first in (1, 2)]
     three = [Training(f"{name}-23", configs[name]) for name in RESUMED]
-    for size, trainings in ((2, first), (2, again), (3, three)):
-        runs |= {run.folder.name: run for run in on_workers(size, root, trainings)}
+    for size, trainings, then in ((2, first, None), (2, again, hand_over), (3, three, None)):
+        runs |= {run.folder.name: run for run in on_workers(size, root, trainings, then)}
     runs |= {f"{name}-21": train(configs[name], root=root, name=f"{name}-21") for name in RESUMED}
     return runs | {"mixed-1": train(mixed, root=root, name="mixed-1"),
                    "mixed-0": train(small(base, "sft", **MIXED | {"compute_dtype": ""}), root=root, name="mixed-0")}
+
+
+def hand_over(world: World, root: Path) -> None:
+    """What a sampler gets of sharded weights, and what tells it from others: files below root/handed."""
+    config = from_parameters("tiny", "sgpo", 0, source=str(root / "short-all-1" / "final" / "model"), revision="")
+    policy = spread(load_policy(config.model, config.model.source, 0), config, world)
+    told = {"content": [policy.content()]}
+    policy.save(root / "handed", torch.bfloat16)
+    told["numbers"] = base_numbers(base_parameters(policy, torch.bfloat16), torch.bfloat16)
+    with torch.no_grad():
+        policy.parameters()[-1].to_local()[-1:].mul_(1 + 2**-20)  # each worker's last number
+    told["content"].append(policy.content())
+    (root / "handed" / f"worker-{world.rank}.json").write_text(json.dumps(told))
 
 
 def stop_after_first(config, root: Path, name: str) -> None:
@@ -131,6 +149,19 @@ def test_a_sharded_checkpoint_is_exported_and_read(done, tmp_path):
     assert loaded.config.architectures == [type(loaded).__name__]
 
 
+def test_sharded_weights_are_handed_to_a_sampler_in_its_dtype(done, root):
+    """As a folder with the rounded weights; the numbers that are compared are those of a process alone."""
+    told = [json.loads((root / "handed" / f"worker-{rank}.json").read_text()) for rank in range(2)]
+    assert told[0] == told[1] and len(set(told[0]["content"])) == 2
+    alone = open_policy(str(done["short-all-1"].folder), device="cpu")
+    assert differences(told[0]["numbers"], base_numbers(base_parameters(alone, torch.bfloat16), torch.bfloat16)) == []
+    state = load_file(root / "handed" / "model" / "model.safetensors")
+    assert {t.dtype for t in state.values()} == {torch.bfloat16}
+    model = dict(alone.model.named_parameters())
+    assert state.keys() == model.keys()
+    assert all(torch.equal(state[name], value.to(torch.bfloat16)) for name, value in model.items())
+
+
 def test_mixed_precision_stays_near_and_keeps_float32_weights(done, base):
     """Updates far below bfloat16's spacing are kept; a process alone and two workers round alike."""
     full, alone, two = (weights(str(done[f"mixed-{n}"].folder)) - weights(str(base)) for n in "012")
@@ -167,7 +198,7 @@ def test_shares_are_woven_back_in_order():
     ({"worker_cpus": 0}, "compute.worker_cpus: got 0"),
     ({"compute_dtype": "bfloat16", "lora_rank": 4}, "model.compute_dtype: got 'bfloat16', expected empty"),
     ({"compute_dtype": "bfloat16", "guided_side": "ema"}, "method.guided_side: got 'ema', expected 'live' where the"),
-    ({"placement": "own"}, "rollout.placement: got 'own', expected 'shared' with one worker"),
+    ({"placement": "own"}, "compute.placement: got 'own', expected 'shared' with one worker"),
     ({"lora_rank": 4, "lora_targets": "q_proj,lm_head"}, "model.lora_targets: got 'q_proj,lm_head', expected no lm_h"),
 ])  # fmt: skip
 def test_what_cannot_work_on_several_workers_is_refused(base, fields, told):

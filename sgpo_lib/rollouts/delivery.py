@@ -17,7 +17,6 @@ What the numbers cannot show (a kernel that errs, values that changed places ins
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 import time
@@ -74,7 +73,7 @@ class Delivered:
         self.engine: Holder | None = None
         self.version = 0
         self._told: dict[str, float] = {}
-        self._base = base_numbers(_base(policy), dtype) if policy.lora else {}
+        self._base = base_numbers(base_parameters(policy, dtype), dtype) if policy.lora else {}
         self._delivered = ""
 
     def sample(self, requests: Sequence[SampleRequest], *, temperature: float, top_p: float,
@@ -83,6 +82,8 @@ class Delivered:
 
         Raises what the engine raises, and RuntimeError where the sampler does not hold the policy's weights.
         """
+        if self.policy.device.type == "cuda":
+            torch.cuda.empty_cache()  # an engine that starts or wakes wants memory that is free, not what torch keeps
         if self.engine is None:
             self.engine = self.start()
         try:
@@ -129,8 +130,7 @@ class Delivered:
 
     def _deliver(self, engine: Holder) -> None:
         """Bring the policy over where it is not what was delivered last."""
-        with self.policy.whole():
-            current = _content(self.policy)
+        current = self.policy.content()
         if current == self._delivered:
             return
         start = time.perf_counter()
@@ -141,7 +141,7 @@ class Delivered:
                 engine.receive_weights(self.policy.model)
             size = sum(p.numel() * p.element_size() for p in self.policy.parameters())
         else:
-            self.policy.save(target)
+            self.policy.save(target, self.dtype)
             what = target / (ADAPTER if self.policy.lora else WEIGHTS)
             size = sum(f.stat().st_size for f in what.glob("*.safetensors"))
             if self.policy.lora:
@@ -172,8 +172,7 @@ class Delivered:
             wrong = wrong or [f"adapter, {w}" for w in differences(
                 held.get("adapter") or {}, adapter_numbers(_adapter(self.policy, self.dtype)))]
         else:
-            with self.policy.whole():
-                wrong = differences(held["base"], base_numbers(_base(self.policy), self.dtype))
+            wrong = differences(held["base"], base_numbers(base_parameters(self.policy, self.dtype), self.dtype))
         if wrong:
             raise RuntimeError(
                 f"the sampler does not hold the policy's weights after delivery {self.version}: {len(wrong)} parts "
@@ -183,20 +182,12 @@ class Delivered:
         self._add("verify_seconds", time.perf_counter() - start)
 
 
-@torch.no_grad()
-def _content(policy: Policy) -> str:
-    """12 hex digits over every bit of the weights that train, computed where they are."""
-    parts = [(int(torch.hash_tensor(p).view(torch.int64)), float(p.sum(dtype=torch.float64)))
-             for p in policy.parameters()]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-
-
-def _base(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+def base_parameters(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """What is read of each parameter; the output matrix comes under `lm_head`, also where it is the embeddings'."""
     for name, parameter in policy.model.named_parameters():
         if ".lora_" not in name and "lm_head" not in name:
-            yield name.replace(".base_layer.", "."), read(parameter)
-    yield "lm_head.weight", read(policy.head()[0])
+            yield name.replace(".base_layer.", "."), read(policy.gathered(parameter, dtype))
+    yield "lm_head.weight", read(policy.gathered(policy.head()[0], dtype))
 
 
 def _adapter(policy: Policy, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -30,7 +30,7 @@ def open_engine(config: RunConfig, policy: Policy, source: str, folder: Path | N
     if any(type(module).__name__ == "Conv1D" for module in policy.model.modules()):
         raise ValueError(f"rollout.sampler: got {rollout.sampler!r} for a model with transposed matrices (GPT-2), "
                          "whose weights cannot be compared with vLLM's. Use sampler='transformers'")
-    dtype = getattr(torch, rollout.sampler_dtype or config.model.dtype)
+    dtype = getattr(torch, config.sampler_dtype)
     if rollout.sampler == "server":
         from sgpo_lib.rollouts.server_engine import ServerEngine
 
@@ -39,8 +39,8 @@ def open_engine(config: RunConfig, policy: Policy, source: str, folder: Path | N
     from sgpo_lib.rollouts.vllm_engine import VLLMEngine, require_vllm
 
     require_vllm()
-    if rollout.sleep and policy.device.type != "cuda":
-        raise ValueError("rollout.sleep: got True, but the policy is on a CPU, where vLLM cannot sleep. Set false")
+    if config.compute.sleep and policy.device.type != "cuda":
+        raise ValueError("compute.sleep: got True, but the policy is on a CPU, where vLLM cannot sleep. Set false")
 
     if policy.device.index:
         raise ValueError(f"model.device: got {policy.device}, but vLLM takes the first visible GPU. Set "
@@ -49,14 +49,12 @@ def open_engine(config: RunConfig, policy: Policy, source: str, folder: Path | N
     actor = world is not None and world.size > 1
 
     def start() -> Holder:
-        if policy.device.type == "cuda":
-            torch.cuda.empty_cache()  # vLLM asks for memory that is free, not for what torch keeps
-        arguments = {"stop_ids": policy.stop_ids(), "lora_rank": config.model.lora_rank, "sleep": rollout.sleep,
+        arguments = {"stop_ids": policy.stop_ids(), "lora_rank": config.model.lora_rank, "sleep": config.compute.sleep,
                      **_arguments(config, policy, source, actor)}
         if actor:
             from sgpo_lib.rollouts.vllm_actor import VLLMActor
 
-            return VLLMActor(source, placement=rollout.placement, gpu=policy.device.type == "cuda", **arguments)
+            return VLLMActor(source, placement=config.compute.placement, gpu=policy.device.type == "cuda", **arguments)
         return VLLMEngine(source, **arguments)
 
     return Delivered(start, policy, folder, dtype, rollout.verify_weights)
@@ -66,20 +64,20 @@ def _arguments(config: RunConfig, policy: Policy, source: str, actor: bool) -> d
     """Of `vllm.LLM`."""
     from sgpo_lib.rollouts.vllm_engine import cpu_arguments
 
-    rollout, model = config.rollout, config.model
+    model = config.model
     found: dict[str, Any] = {
-        "dtype": rollout.sampler_dtype or model.dtype, "max_num_seqs": rollout.rollout_batch,
+        "dtype": config.sampler_dtype, "max_num_seqs": config.rollout.rollout_batch,
         "max_model_len": policy.context, "trust_remote_code": model.trust_remote_code}
     if model.revision and source == model.source:
         found["revision"] = model.revision
     if policy.device.type != "cuda":
-        return found | cpu_arguments(rollout.kv_cache_gb or 1)
+        return found | cpu_arguments(config.compute.kv_cache_gb or 1)
     if not model.lora_rank and not actor:
         from vllm.config.weight_transfer import WeightTransferConfig
 
         found["weight_transfer_config"] = WeightTransferConfig(backend="ipc")
         # the handles of shared GPU memory travel pickled, from this process to its own child
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    if rollout.kv_cache_gb:
-        found["kv_cache_memory_bytes"] = int(rollout.kv_cache_gb * GIB)
-    return found | {"gpu_memory_utilization": rollout.gpu_memory_share}
+    if config.compute.kv_cache_gb:
+        found["kv_cache_memory_bytes"] = int(config.compute.kv_cache_gb * GIB)
+    return found | {"gpu_memory_utilization": config.compute.vllm_share}

@@ -104,8 +104,11 @@ class TransformersEngine:
         stops = policy.stop_ids()
         settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad,
                                     eos_token_id=stops, use_cache=True)
+        # synced_gpus: for sharded models `generate` would wait for the other workers after each token; here they hold
+        # whole weights, and sample other numbers of batches
         output = policy.model.generate(input_ids=ids.to(policy.device), attention_mask=mask.to(policy.device),
-                                       generation_config=settings, logits_processor=LogitsProcessorList([draw]))
+                                       generation_config=settings, logits_processor=LogitsProcessorList([draw]),
+                                       synced_gpus=False)
         tokens_BT = output[:, width:].tolist()
         logp_BT = torch.stack(draw.logp, dim=1).tolist()
         samples = []

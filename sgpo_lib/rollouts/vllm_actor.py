@@ -15,8 +15,6 @@ from typing import Any
 from sgpo_lib.rollouts.interface import Sample, SampleRequest
 from sgpo_lib.rollouts.vllm_engine import VLLMEngine
 
-PLACEMENTS = ("shared", "own")
-
 
 class VLLMActor:
     """A `VLLMEngine` in another process of the Ray cluster. Arguments as there; `gpu` says whether there are GPUs.
@@ -47,7 +45,10 @@ class VLLMActor:
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         import ray
 
-        return ray.get(getattr(self._actor, name).remote(*args, **kwargs))
+        try:
+            return ray.get(getattr(self._actor, name).remote(*args, **kwargs))
+        except ray.exceptions.RayTaskError as error:  # an error of the engine, not of the cluster
+            raise error.cause from None
 
     def sample(self, requests: Sequence[SampleRequest], *, temperature: float, top_p: float,
                max_new_tokens: int) -> list[Sample]:

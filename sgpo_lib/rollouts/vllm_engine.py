@@ -55,7 +55,7 @@ class VLLMEngine:
                            worker_extension_cls=READER, use_tqdm_on_load=False, **arguments)
         except (RuntimeError, ValueError, OSError) as error:  # vLLM's own process does not say more than its log
             raise ValueError(f"vLLM cannot start with {source!r} ({str(error).splitlines()[0]}). Its log above says "
-                             "why; most often memory: lower rollout.gpu_memory_share or kv_cache_gb") from error
+                             "why; most often memory: lower compute.gpu_memory_share or kv_cache_gb") from error
         self.llm.collective_rpc("sgpo_end_with", args=(os.getpid(),))
         self.adapter: Any = None
 
@@ -134,7 +134,6 @@ class VLLMEngine:
     def wake(self) -> None:
         """Take the memory again; `sample` does it by itself."""
         if self.asleep:
-            torch.cuda.empty_cache()
             self.llm.wake_up()
             self.asleep = False
 

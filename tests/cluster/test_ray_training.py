@@ -81,8 +81,9 @@ def test_notebook_06_goes_on_after_a_killed_worker(root, tmp_path):
     assert "accuracy" in (job / "report.html").read_text()
 
 
-def test_a_worker_that_dies_once_too_often_fails_and_one_worker_goes_on(root):
-    """No restart is allowed; then the sharded checkpoint is taken up by a process alone."""
+def test_a_worker_that_dies_once_too_often_fails_and_one_worker_goes_on(root, monkeypatch):
+    """No restart is allowed; then the sharded checkpoint is taken up by a process alone. Ray finds its cluster."""
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
     fields = TINY | {"save_every": 1, "eval_every": 0}
     config = from_parameters("tiny", "grpo8", 0, **fields, engine="ray", workers=2, worker_restarts=0)
 
@@ -115,8 +116,9 @@ def test_a_mistake_of_the_program_is_told_from_a_lost_worker():
 
     mistake = UserExceptionWithTraceback(RuntimeError("step 1: sampler and trainer differ"), "Traceback ...")
     echo = UserExceptionWithTraceback(RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1"), "Traceback ...")
+    sampler = UserExceptionWithTraceback(ray.exceptions.RayTaskError("sample", "Traceback ...", ValueError("x")), "...")
     death = WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.ActorDiedError())
-    for failures, own, lost in (({1: mistake}, "step 1", None), ({0: echo, 1: mistake}, "step 1", None),
+    for failures, own, lost in (({1: mistake}, "step 1", None), ({0: sampler}, "", None), ({0: echo, 1: mistake}, "step 1", None),
                                 ({0: echo, 1: death}, None, "died"), ({0: echo}, None, "Connection closed")):
         error = WorkerGroupError("told", failures)
         reason = ray_driver._reason_of_loss(error)
@@ -131,7 +133,7 @@ def test_ctrl_c_and_a_stop_of_the_job_become_a_stop_of_the_run(tmp_path, monkeyp
     (job / "STOP").touch()
     with monkeypatch.context() as patch, subprocess.Popen(["sleep", "1"], text=True) as driver:
         patch.setenv("SGPO_JOB", str(job))
-        assert distributed._follow(driver, run, distributed._Follower(run, None), "") is False
+        assert distributed._follow(driver, run, distributed._Follower(run, None), tmp_path / "none") is False
     assert (tmp_path / "STOP").read_text() == "job\n"
     driver = subprocess.Popen(["sleep", "60"], text=True)
     presses = iter([0.5, 1.0])
@@ -139,7 +141,7 @@ def test_ctrl_c_and_a_stop_of_the_job_become_a_stop_of_the_run(tmp_path, monkeyp
     for timer in timers:
         timer.start()
     with pytest.raises(KeyboardInterrupt):
-        distributed._follow(driver, run, distributed._Follower(run, None), "")
+        distributed._follow(driver, run, distributed._Follower(run, None), tmp_path / "none")
     assert (tmp_path / "STOP").read_text() == "interrupt\n"
     driver.kill()
     driver.wait()
@@ -147,7 +149,7 @@ def test_ctrl_c_and_a_stop_of_the_job_become_a_stop_of_the_run(tmp_path, monkeyp
 
 def test_more_workers_than_devices_are_refused_before_work(root):
     for fields, told in (({"workers": 4, "mini_batch": 0}, r"compute.workers: got 4, expected at most 2: the Ray "
-                          r"cluster at \S+ has 2 CPUs, a worker takes 1 \(compute.worker_cpus = 1\)"),
+                          r"cluster at \S+ has 2 CPUs, a worker takes 1 of one node \(compute.worker_cpus\)"),
                          ({"workers": 2, "worker_cpus": 2}, "got 2, expected at most 1: .*a worker takes 2"),
                          ({"workers": 2, "device": "cuda"}, "got 2, expected at most 0: .*has 0 GPUs")):
         config = from_parameters("tiny", "grpo8", 0, **TINY | fields | {"engine": "ray"})
@@ -156,10 +158,50 @@ def test_more_workers_than_devices_are_refused_before_work(root):
         assert not load_run(root / config.label).metrics()
 
 
+def test_workers_fit_on_nodes_and_not_on_their_sum():
+    """Three nodes of 3 CPUs have 9, and room for three workers of 2; vLLM's own GPUs may be on any node."""
+    fields = {"engine": "ray", "problems_per_step": 12, "mini_batch": 0, "worker_cpus": 2}
+    nodes = [{"CPU": 3.0, "GPU": 1.0}] * 3
+    ray_driver._require_devices(from_parameters("tiny", "grpo8", 0, workers=3, **fields), nodes, False, "there:1")
+    with pytest.raises(ValueError, match="got 4, expected at most 3: the Ray cluster at there:1 has 9 CPUs on 3 nodes, "
+                                         "a worker takes 2 of one node"):
+        ray_driver._require_devices(from_parameters("tiny", "grpo8", 0, workers=4, **fields), nodes, False, "there:1")
+    own = from_parameters("tiny", "grpo8", 0, workers=2, **fields, sampler="vllm", placement="own")
+    with pytest.raises(ValueError, match="got 2, expected at most 1: .*3 GPUs on 3 nodes, a worker takes 1 and its vLLM "
+                                         "another one"):
+        ray_driver._require_devices(own, nodes, True, "there:1")
+
+
+def test_devices_that_others_hold_are_waited_for_and_a_stop_ends_the_wait(root, ray_cluster, tmp_path, monkeypatch,
+                                                                          capsys):
+    import ray
+
+    class Holder:
+        pass
+
+    run = Run(tmp_path, from_parameters("tiny", "grpo8", 0, **TINY | {"engine": "ray", "workers": 2}))
+    monkeypatch.setattr(ray_driver, "_SETTLED_S", 0.0)
+    ray.init(address=ray_cluster.address, log_to_driver=False)
+    try:
+        holder = ray.remote(num_cpus=1)(Holder).remote()
+        ray.get(holder.__ray_ready__.remote())
+        threading.Timer(2, (tmp_path / "STOP").touch).start()
+        assert ray_driver._free(ray, run.config, run, False) is False
+        assert capsys.readouterr().out == f"{tmp_path.name}: waiting for 2 CPUs (1 free)\n"
+        (tmp_path / "STOP").unlink()
+        threading.Timer(2, ray.kill, (holder,)).start()
+        assert ray_driver._free(ray, run.config, run, False) is True
+    finally:
+        ray.shutdown()
+
+
 def test_no_cluster_and_no_ray_are_told(root, monkeypatch):
     config = from_parameters("tiny", "grpo8", 0, **TINY | {"engine": "ray", "workers": 2})
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"no Ray cluster at 127.0.0.1:\d+ \(RAY_ADDR"):
         patch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+        train(config)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"got ray://node7:10001, the port of Ray's cl"):
+        patch.setenv("RAY_ADDRESS", "ray://node7:10001")
         train(config)
     with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"needs Ray Train, and ray is not .*\[ray\]"):
         patch.setattr(importlib.util, "find_spec", lambda name: None)
