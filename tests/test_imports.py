@@ -22,7 +22,7 @@ ORDER = [
     "token_text", "readings", "testbed_families", "testbed", "tiny", "recipes",
     "redaction", "runs", "answers", "equivalence", "reward_worker",
     "rewards", "strategies", "sources", "sources.rows", "sources.*", "sources.catalogue", "problems", "benchmarks",
-    "world", "batching", "policy", "shapes", "plan_setup", "plan", "memory_check",
+    "world", "batching", "policy", "shapes", "plan_setup", "plan", "plan_time", "memory_check",
     "rollouts.interface", "rollouts.fingerprint", "rollouts", "rollouts.vllm_engine", "rollouts.*",
     "rollouts.opening", "losses.masked", "losses", "losses.grpo", "losses.*",
     "analysis", "evaluation", "bases", "extraction", "extraction.records", "extraction.words", "extraction.mentions",
