@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ AUTOSAVE_S = 20
 """Seconds between saves of the executed copy while a cell prints."""
 GRACE_S, TERM_GRACE_S = 120.0, 10.0
 """Seconds from SIGUSR1 to the kernel's interrupt, and at most from SIGTERM, which is followed by SIGKILL elsewhere."""
+SOCKET_FOLDER_MAX = 70
+"""Characters of a folder for sockets: the kernel allows 107 for a socket's whole path, and 22 are added to it."""
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -140,11 +143,12 @@ def _execute(path: Path, placed: dict[str, Any], control: Control, log: LogWrite
     executed.unlink(missing_ok=True)
     failure: dict[str, Any] | None = None
     try:
-        with control, _environ(PLOTLY_RENDERER="plotly_mimetype", SGPO_JOB=str(control.job)):
+        with control, _this_python() as manager, _environ(PLOTLY_RENDERER="plotly_mimetype",
+                                                          SGPO_JOB=str(control.job)):
             papermill.execute_notebook(
                 _literal(path), None, parameters=placed, engine_name=ENGINE, kernel_name="python3", language="python",
                 cwd=str(path.parent), progress_bar=False, start_timeout=KERNEL_START_S, iopub_timeout=IOPUB_S,
-                stdout_file=log, stderr_file=log, kernel_manager_class=_this_python(), autosave_cell_every=AUTOSAVE_S,
+                stdout_file=log, stderr_file=log, kernel_manager_class=manager, autosave_cell_every=AUTOSAVE_S,
                 control=control, redact=redact, raw=raw)
     except papermill.PapermillExecutionError as error:
         failure = {**endings.of_cell(error.ename, _ANSI.sub("", error.evalue)),
@@ -222,20 +226,35 @@ def _literal(path: Path) -> str:
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
-def _this_python() -> type:
-    """A kernel manager class whose kernel is `sys.executable -m ipykernel_launcher`, its sockets encrypted."""
+@contextlib.contextmanager
+def _this_python() -> Iterator[type]:
+    """A kernel manager class whose kernel is `sys.executable -m ipykernel_launcher`, with sockets in a private folder.
+
+    Jupyter chooses TCP ports before the kernel binds them: of several kernels started at once one may find its port
+    taken and die. A path is no one else's.
+    """
     from ipykernel.kernelspec import RESOURCES, get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
+    from traitlets import default
 
-    class ThisPython(AsyncKernelManager):
-        transport_encryption = "auto"
+    place = tempfile.gettempdir()
+    with tempfile.TemporaryDirectory(prefix="sgpo-", dir=place if len(place) <= SOCKET_FOLDER_MAX else "/tmp",
+                                     ignore_cleanup_errors=True) as folder:
+        class ThisPython(AsyncKernelManager):
+            @default("transport")
+            def _in_files(self) -> str:
+                return "ipc"
 
-        @property
-        def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+            @default("ip")
+            def _place(self) -> str:
+                return f"{folder}/kernel"
 
-    return ThisPython
+            @property
+            def kernel_spec(self) -> KernelSpec:
+                return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
+
+        yield ThisPython
 
 
 @contextlib.contextmanager

@@ -62,6 +62,25 @@ def record(job: Path) -> dict[str, Any]:
     return json.loads((job / "FAILED.json").read_text(encoding="utf-8"))
 
 
+# --- sockets ---------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["s", "a" * 90])
+def test_a_kernel_needs_no_port_that_another_could_take(tmp_path, monkeypatch, place):
+    """Kernels started at the same moment found their TCP port taken; here all their sockets are files of their own."""
+    temporary = tmp_path / place
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    path = write_notebook(tmp_path, """import json, os, ipykernel.connect
+told = json.load(open(ipykernel.connect.get_connection_file()))
+files = [os.path.exists(f"{told['ip']}-{told[name]}") for name in told if name.endswith("_port")]
+print(told["transport"], told["ip"], oct(os.stat(os.path.dirname(told["ip"])).st_mode)[-3:], files)""")
+    result = run_notebook(path, {}, tmp_path / "job")
+    assert result.state == "done", result.reason
+    transport, folder, mode, files = (tmp_path / "job" / "log.txt").read_text().split(maxsplit=3)
+    assert (transport, mode, files.strip()) == ("ipc", "700", str([True] * 5))
+    assert (str(temporary) in folder) == (len(str(temporary)) <= 70) and not Path(folder).parent.exists()
+
+
 # --- success is the kernel's word ----------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.parametrize(("last", "error", "told", "status"), [
