@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from sgpo_lib.analysis import _chunk
+from sgpo_lib.losses.head import Head
 
 OUT = Path(__file__).parent / "results" / "token_readings.json"
 
@@ -48,7 +49,7 @@ def main() -> None:
         began = time.perf_counter()
         total = 0.0
         for part in parts:
-            numbers, _ = _chunk(guided_NH[part], unguided_NH[part], target_N[part], (matrix_VH, None), asked.top)
+            numbers, _ = _chunk(guided_NH[part], unguided_NH[part], target_N[part], Head(matrix_VH), asked.top)
             total += float(numbers["forward_kl"].sum())
         seconds = time.perf_counter() - began
     told = [f"--{name} {value}" for name, value in vars(asked).items()]

@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sgpo_lib.losses.token_kl import Head, divergence, entropy
+from sgpo_lib.losses.head import Head, blocks, exact
+from sgpo_lib.losses.token_kl import divergence, entropy
 from sgpo_lib.policy import Policy
 from sgpo_lib.prompts import prompt_ids
 from sgpo_lib.readings import TokenReadings, readings_of
@@ -39,12 +40,11 @@ def token_readings(policy: Policy, problem: Problem, response: Sequence[int], *,
     if top < 0 or chunk < 1:
         raise ValueError(f"token_readings: got top={top} and chunk={chunk}, expected at least 0 and 1")
     ids = [int(i) for i in response]
-    matrix_VH, bias_V = policy.head()
-    _check_response(policy, problem, ids, len(matrix_VH))
+    head = policy.head()
+    _check_response(policy, problem, ids, len(head.matrix))
     target_N = torch.tensor(ids, device=policy.device)
     guided_NH, unguided_NH = (_hidden(policy, problem, ids, guided=guided) for guided in (True, False))
-    half = matrix_VH.dtype in (torch.bfloat16, torch.float16)
-    head = (matrix_VH.float(), None if bias_V is None else bias_V.float()) if half else (matrix_VH, bias_V)
+    head = Head(exact(head.matrix), None if head.bias is None else exact(head.bias), head.softcap)
     columns: list[dict[str, Tensor]] = []
     kept: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, len(ids), chunk):
@@ -86,8 +86,18 @@ def _hidden(policy: Policy, problem: Problem, ids: Sequence[int], *, guided: boo
 def _chunk(guided_CH: Tensor, unguided_CH: Tensor, target_C: Tensor, head: Head,
            top: int) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """Columns of the table, and (alternatives, guided and unguided log-probability) [C, K], repeated ids included."""
-    guided_CV, guided_rank_C, guided_top_CK = _side(guided_CH, target_C, head, top)
-    unguided_CV, unguided_rank_C, unguided_top_CK = _side(unguided_CH, target_C, head, top)
+    guided_CV, unguided_CV = (head.logits(hidden_CH.to(head.matrix.dtype)) for hidden_CH in (guided_CH, unguided_CH))
+    numbers, alternatives = zip(*(_rows(guided_CV[rows], unguided_CV[rows], target_C[rows], top)
+                                  for rows in blocks(unguided_CV)), strict=True)
+    ids, guided, unguided = (torch.cat(parts) for parts in zip(*alternatives, strict=True))
+    return {name: torch.cat([n[name] for n in numbers]) for name in numbers[0]}, (ids, guided, unguided)
+
+
+def _rows(guided_logits_CV: Tensor, unguided_logits_CV: Tensor, target_C: Tensor,
+          top: int) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """`_chunk` of some of its tokens, from logits in float32 or better."""
+    guided_CV, guided_rank_C, guided_top_CK = _side(guided_logits_CV, target_C, top)
+    unguided_CV, unguided_rank_C, unguided_top_CK = _side(unguided_logits_CV, target_C, top)
     at = target_C[:, None]
     guided_C, unguided_C = guided_CV.gather(1, at)[:, 0], unguided_CV.gather(1, at)[:, 0]
     alternative_CK = torch.cat([at, guided_top_CK[:, 1:], unguided_top_CK[:, 1:]], dim=1)
@@ -101,9 +111,8 @@ def _chunk(guided_CH: Tensor, unguided_CH: Tensor, target_C: Tensor, head: Head,
     }, (alternative_CK, guided_CV.gather(1, alternative_CK), unguided_CV.gather(1, alternative_CK)))
 
 
-def _side(hidden_CH: Tensor, target_C: Tensor, head: Head, top: int) -> tuple[Tensor, Tensor, Tensor]:
+def _side(logits_CV: Tensor, target_C: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities [C, V], rank of each target [C], and ids [C, 1 + K]: the most likely one, then the `top`."""
-    logits_CV = torch.nn.functional.linear(hidden_CH.to(head[0].dtype), *head)
     rank_C = (logits_CV > logits_CV.gather(1, target_C[:, None])).sum(1) + 1
     top_CK = logits_CV.topk(min(top, logits_CV.shape[1]), dim=1).indices
     return torch.log_softmax(logits_CV, dim=-1), rank_C, torch.cat([logits_CV.argmax(1, keepdim=True), top_CK], dim=1)

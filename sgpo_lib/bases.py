@@ -84,7 +84,7 @@ def _train_tiny(folder: Path, source: str) -> None:
             optimizer.param_groups[0]["lr"] = lr * scale
         for part in micro_batches(rows, tiny.BATCH // 2):  # guided prompts are twice as long: less padding
             batch = policy.token_batch([rows[i] for i in part])
-            logp_N, _ = token_logp_and_entropy(policy.response_hidden(batch), batch.target_N, *policy.head(), 4096)
+            logp_N, _ = token_logp_and_entropy(policy.response_hidden(batch), batch.target_N, policy.head(), 4096)
             output = sft_loss(logp_N, torch.full_like(logp_N, 1 / count))
             output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sgpo_lib.batching import TokenBatch
-from sgpo_lib.losses.token_kl import Head
+from sgpo_lib.losses.head import Head
 from sgpo_lib.policy import Policy
 
 
@@ -29,11 +29,10 @@ class GuidedSide:
 
     @torch.no_grad()
     def states(self, batch: TokenBatch) -> tuple[Tensor, Head]:
-        """(hidden_NH, (matrix_VH, bias_V)) of the response tokens of a batch of guided prompts."""
+        """(hidden_NH, output matrix) of the response tokens of a batch of guided prompts."""
         with self._in_place():
             hidden_NH = self.policy.response_hidden(batch)
-            matrix, bias = self.policy.head()
-            return hidden_NH, (matrix.detach(), None if bias is None else bias.detach())
+            return hidden_NH, self.policy.head().detach()
 
     @torch.no_grad()
     def follow(self) -> None:

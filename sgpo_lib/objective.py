@@ -214,7 +214,7 @@ def accumulate_distillation(session: Session, works: Sequence[ProblemWork], prob
         else:
             guided_hidden_NH, guided_head = session.guided_side.states(_token_batch(session, guided_rows, part))
             kl_N = DIVERGENCES[method.distillation](
-                guided_hidden_NH, session.policy.response_hidden(batch), *session.policy.head(),
+                guided_hidden_NH, session.policy.response_hidden(batch), session.policy.head(),
                 session.config.train.kl_chunk_tokens, guided_head)
             output = clipped_kl_loss(kl_N, weight_N.to(kl_N.dtype), method.kl_delta, method.kl_clip)
         session.backward(output.loss)

@@ -11,7 +11,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 from sgpo_lib.plan_setup import BYTES, PROCESS_CPU, PROCESS_GPU, Setup, Term, evaluations, own_gpu, terms
-from sgpo_lib.shapes import GIB
+from sgpo_lib.shapes import GIB, block_size
 
 
 def weights(s: Setup) -> int:
@@ -105,11 +105,13 @@ def forward_working(s: Setup, rows: int, tokens: int) -> int:
 
 
 def head_workspace(s: Setup, term: Term, tokens: int) -> int:
-    """Of log-probabilities or divergences of one chunk of C tokens: n C V x 4 bytes (token_kl.py). Where the output
-    matrix trains, the sum of its gradient beside it, or that, a chunk's part and the new sum: 3 V H e (counted)."""
-    chunk = 4 * min(s.config.train.kl_chunk_tokens, term.together * tokens) * s.shape.vocabulary
+    """Of log-probabilities or divergences (losses/fused.py; counted): logits of one chunk of C tokens, C V e, of both
+    sides where they are compared; beside them n tensors of a block in float32 (losses/head.py), one more where logits
+    have another type; where the output matrix trains, its gradient."""
+    logits = min(s.config.train.kl_chunk_tokens, term.together * tokens) * s.shape.vocabulary
+    block = min(logits, max(block_size(s.kind), s.shape.vocabulary))
     matrix = 0 if s.lora else s.size * s.shape.vocabulary * s.shape.hidden
-    return max(term.copies * chunk + matrix, 3 * matrix)
+    return s.size * (2 if term.copies > 3 else 1) * logits + 4 * (term.copies + (s.size < 4)) * block + matrix
 
 
 def activations(s: Setup, term: Term, tokens: int, response: int) -> dict[str, int]:
@@ -216,7 +218,7 @@ def phases(s: Setup) -> dict[str, dict[str, int]]:
             rows = min(s.config.train.micro_batch, s.problems * s.config.method.g2)
             found["score"] = held | {"gathered": gathered(s)} | beside | {
                 "forward pass": forward_working(s, rows, s.length(rollout.max_new_tokens)),
-                "log-probability workspace": 12 * s.config.train.kl_chunk_tokens * s.shape.vocabulary}
+                "log-probability workspace": head_workspace(s, Term("score", rows, rows, 3), s.length(0))}
         found[f"update: {term.name}"] = trained | {"gathered": gathered(s), "reducing": reducing(s)} | update(s, term)
     if s.config.method.objective != "none":
         found["optimizer"] = trained | {"optimizer workspace": optimizer_working(s)}

@@ -183,7 +183,7 @@ class Term:
     together: int
     """Of them in the largest micro-batch."""
     copies: int
-    """Tensors of chunk x V in float32 alive at a time (token_kl.py; seen by tests/test_plan.py)."""
+    """Tensors of a block in float32 alive at a time beside the logits (losses/fused.py; seen by tests/test_plan.py)."""
     guided: bool = False
     """Whether the guided side's hidden states stand beside it."""
 

@@ -69,15 +69,16 @@ def update_flops(s: Setup, term: Term) -> float:
 
     Layers: 6 P a token where all weights train, 4 P for an adapter (no gradients of the base), 2 P more with
     checkpointing. Attention: its backward pass is 2.5 forward passes (Dao 2023, FlashAttention-2, section 3.1). Output
-    matrix: forward twice (token_kl.py), backward 4 V H, with an adapter 2. The guided side is one forward pass more.
+    matrix: 2 V H forward and 2 V H for hidden states; where it trains, its own gradient and the logits once more
+    (losses/fused.py). The guided side is one forward pass more, its logits computed as often as the other's.
     """
     mean, shape = s.mean_tokens, s.shape
     tokens = s.length(mean)
     again = int(s.config.train.activation_checkpointing)
     layers = shape.layers * tokens * ((4 if s.lora else 6) + 2 * again) * shape.layer
     attention = shape.layers * tokens * 4 * shape.queries * tokens * (3.5 + again)
-    head = mean * shape.vocabulary * shape.hidden * (6 if s.lora else 8)
-    guided = forward_flops(s, tokens, tokens, 2 * mean) if term.guided else 0.0
+    head = mean * shape.vocabulary * shape.hidden * (4 if s.lora else 8)
+    guided = forward_flops(s, tokens, tokens, mean * (1 if s.lora else 2)) if term.guided else 0.0
     return term.rows * (layers + attention + head + guided)
 
 

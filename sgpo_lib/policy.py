@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sgpo_lib.batching import Row, TokenBatch
 from sgpo_lib.config import ModelConfig
+from sgpo_lib.losses.head import Head
 
 ADAPTER = "adapter"
 WEIGHTS = "model"
@@ -57,11 +58,12 @@ class Policy:
         """While inside, this process holds all weights and a forward pass needs no other worker."""
         return contextlib.nullcontext()
 
-    def head(self) -> tuple[Float[Tensor, "V H"], Float[Tensor, " V"] | None]:
-        """Output matrix and bias: logits = hidden @ matrix.T + bias. Ask after the hidden states: where weights are
-        sharded, a forward pass gathers them."""
+    def head(self) -> Head:
+        """Output matrix, with bias and soft-capping where the model has them. Ask after the hidden states: where
+        weights are sharded, a forward pass gathers them."""
         layer = self._causal_model().get_output_embeddings()
-        return layer.weight, layer.bias
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return Head(layer.weight, layer.bias, cap or 0.0)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """Parameters that train, in a fixed order."""
@@ -178,7 +180,7 @@ def load_policy(config: ModelConfig, source: str, seed: int) -> Policy:
     """Load weights and tokenizer from a folder or hub id, and put a LoRA adapter on them where one is asked for.
 
     Raises ValueError where the folder does not exist, holds no model or has no tokenizer, or where the model's
-    logits are not its hidden states times its output matrix (soft-capping, scaling), since Eq. 3 is computed so.
+    logits are not its hidden states times its output matrix, soft-capped where its config says so, as in losses/.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging as transformers_logging
@@ -232,9 +234,8 @@ def _check_head(policy: Policy) -> None:
     batch = policy.token_batch([((0, 1), (2, 3, 4))])
     policy.model.eval()
     logits = policy.model(input_ids=batch.input_ids_RS, attention_mask=batch.attention_mask_RS).logits
-    weight, bias = policy.head()
-    ours = torch.nn.functional.linear(policy.response_hidden(batch), weight, bias)
+    ours = policy.head().logits(policy.response_hidden(batch))
     policy.model.train()
     if not torch.allclose(logits.flatten(0, 1)[batch.predictor_N], ours, rtol=1e-2, atol=1e-2):
         raise ValueError(f"{type(policy.model).__name__}: logits are not hidden states times the output matrix "
-                         "(soft-capping or scaling); this model's token KL would be wrong")
+                         "and its soft-capping; this model's token KL would be wrong")

@@ -114,7 +114,7 @@ class Session(OpenModel):
 
     def logp_and_entropy(self, batch: TokenBatch, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (nats) of every response token of a batch under the policy."""
-        return token_logp_and_entropy(self.policy.response_hidden(batch), batch.target_N, *self.policy.head(),
+        return token_logp_and_entropy(self.policy.response_hidden(batch), batch.target_N, self.policy.head(),
                                       self.config.train.kl_chunk_tokens, entropy_gradient=entropy_gradient)
 
     def micro_batches(self, rows: Sequence[Row], *, learns: bool, guided: bool = False) -> Iterator[list[int]]:

@@ -23,6 +23,17 @@ DENSE = ("llama", "qwen2", "qwen3", "mistral")
 """`model_type` of the models whose parameters `Shape` counts."""
 
 
+BLOCK = {"cpu": 2**18}
+"""Logits whose softmax and what follows are computed together, by type of device: on a CPU what a core's cache holds
+(measured: benchmarks/NOTES.md)."""
+OTHER_BLOCK = 2**24
+
+
+def block_size(kind: str) -> int:
+    """BLOCK of a type of device."""
+    return BLOCK.get(kind, OTHER_BLOCK)
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a causal language model."""

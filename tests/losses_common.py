@@ -47,15 +47,17 @@ def uniform(seed: int, size: int, low: float, high: float, dtype: torch.dtype = 
     return (low + (high - low) * torch.rand(size, generator=rng, dtype=torch.float64)).to(dtype)
 
 
-def logits_of(hidden: Tensor, head: Tensor, bias: Tensor | None) -> np.ndarray:
+def logits_of(hidden: Tensor, head: Tensor, bias: Tensor | None, softcap: float = 0.0) -> np.ndarray:
     """float64 logits for the oracles."""
     logits = hidden.detach().double().numpy() @ head.detach().double().numpy().T
-    return logits if bias is None else logits + bias.detach().double().numpy()
+    logits = logits if bias is None else logits + bias.detach().double().numpy()
+    return softcap * np.tanh(logits / softcap) if softcap else logits
 
 
-def naive_logp(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
+def naive_logp(hidden: Tensor, head: Tensor, bias: Tensor | None, softcap: float = 0.0) -> Tensor:
     """log pi of the whole vocabulary, by its definition."""
     logits = hidden @ head.T + (0 if bias is None else bias)
+    logits = softcap * (logits / softcap).tanh() if softcap else logits
     top = logits.max(dim=-1, keepdim=True).values.detach()
     return logits - top - (logits - top).exp().sum(-1, keepdim=True).log()
 

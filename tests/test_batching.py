@@ -22,6 +22,7 @@ from sgpo_lib import tiny
 from sgpo_lib.batching import LAYOUTS, TokenBatch, micro_batches
 from sgpo_lib.losses.distillation import clipped_kl_loss
 from sgpo_lib.losses.grpo import grpo_loss
+from sgpo_lib.losses.head import Head
 from sgpo_lib.losses.masked import response_mean_weights
 from sgpo_lib.losses.token_kl import forward_kl_guided_to_unguided, token_logp_and_entropy
 from sgpo_lib.policy import Policy
@@ -234,7 +235,7 @@ def test_states_and_log_probabilities_are_those_of_each_sequence_alone(kind, lay
     batch = p.token_batch(rows, layout)
     with torch.no_grad():
         hidden = p.response_hidden(batch)
-        logp, entropy = token_logp_and_entropy(hidden, batch.target_N, *p.head(), 4)
+        logp, entropy = token_logp_and_entropy(hidden, batch.target_N, p.head(), 4)
         pieces = [alone(p.model, row) for row in rows]
     same(hidden, torch.cat([h for h, _ in pieces]))
     every = torch.cat([logits.log_softmax(-1) for _, logits in pieces])
@@ -254,8 +255,8 @@ def test_losses_and_every_weights_gradient_are_those_of_each_sequence_alone(kind
     gap = 0.5 * torch.arange(len(batch.target_N)).to(dtype).sin()  # log ratios to the old policy
 
     hidden = p.response_hidden(batch)
-    logp, _ = token_logp_and_entropy(hidden, batch.target_N, *p.head(), 4)
-    kl = forward_kl_guided_to_unguided(p.response_hidden(guided), hidden, *p.head(), 4)
+    logp, _ = token_logp_and_entropy(hidden, batch.target_N, p.head(), 4)
+    kl = forward_kl_guided_to_unguided(p.response_hidden(guided), hidden, p.head(), 4)
     weight = response_mean_weights(batch.length_B, batch.row_N, torch.full((5,), 0.2, dtype=dtype))
     delta = float(kl.detach().mean())
     distilled = clipped_kl_loss(kl, weight, delta)
@@ -329,7 +330,7 @@ def test_where_pad_and_end_share_an_id_the_end_is_learned_and_padding_is_not(lay
         same(hidden, torch.cat([alone(p.model, row)[0] for row in rows]))
         same(hidden, p.response_hidden(p.token_batch(rows, layout)))
     head = p.head()[0].detach().requires_grad_()
-    logp, _ = token_logp_and_entropy(hidden.detach(), batch.target_N, head, None, 4)
+    logp, _ = token_logp_and_entropy(hidden.detach(), batch.target_N, Head(head), 4)
     logp[batch.target_N == end].sum().backward()
     one_hot = torch.nn.functional.one_hot(torch.tensor(end), len(head))
     same(head.grad, sum((one_hot - logits[-1].softmax(-1))[:, None] * state[-1]

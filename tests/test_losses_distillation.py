@@ -27,6 +27,7 @@ from losses_common import (
 
 from sgpo_lib.losses.distillation import clipped_kl_loss, most_reachable, select_targets
 from sgpo_lib.losses.guidance_weight import adaptive_weight, group_advantage_weight
+from sgpo_lib.losses.head import Head
 from sgpo_lib.losses.token_kl import forward_kl_guided_to_unguided, reverse_kl_unguided_to_guided
 
 SELECTIONS = ["most_reachable", "most_reachable_per_token", "all_correct"]
@@ -144,7 +145,7 @@ def test_masked_tokens_give_their_hidden_states_exactly_no_gradient(chunk, dtype
     results = {}
     for how in CLIPS:
         unguided = leaf(case.unguided, dtype)
-        kl = direction(case.guided, unguided, case.head, case.bias, chunk)
+        kl = direction(case.guided, unguided, Head(case.head, case.bias), chunk)
         delta = float(kl.detach().median())
         clipped_kl_loss(kl, torch.full((12,), 1 / 12, dtype=dtype), delta, how).loss.backward()
         results[how], masked = unguided.grad, kl.detach() > delta
@@ -159,7 +160,7 @@ def test_masked_tokens_give_their_hidden_states_exactly_no_gradient(chunk, dtype
 def test_gradient_through_mask_and_divergence_matches_finite_differences_of_the_oracle(direction, oracle, delta):
     case = make_case(13, (10, 4, 7))
     unguided = leaf(case.unguided)
-    kl = direction(case.guided, unguided, case.head, case.bias, 3)
+    kl = direction(case.guided, unguided, Head(case.head, case.bias), 3)
     weight = torch.full((10,), 0.7 / 10, dtype=torch.float64)
     out = clipped_kl_loss(kl, weight, delta)
     out.loss.backward()
@@ -179,7 +180,7 @@ def test_clipping_by_value_scales_the_closed_form_gradient():
     p, q = case.guided.softmax(-1), case.unguided.softmax(-1)
     d = torch.tensor(oracles.token_kls(case.guided, case.unguided), dtype=torch.float64)
     logits = leaf(case.unguided)
-    kl = forward_kl_guided_to_unguided(case.guided, logits, torch.eye(5).double(), None, 4)
+    kl = forward_kl_guided_to_unguided(case.guided, logits, Head(torch.eye(5).double()), 4)
     clipped_kl_loss(kl, torch.full((12,), 0.5, dtype=torch.float64), 0.6, "value").loss.backward()
     assert 0 < (d > 0.6).sum() < 12
     close(logits.grad, 0.5 * (q - p) * (0.6 / d).clamp(max=1)[:, None])

@@ -17,6 +17,7 @@ from losses_common import CLIP, FLOATS, MODEST, close, close_to_differences, flo
 
 from sgpo_lib.losses.distillation import clipped_kl_loss
 from sgpo_lib.losses.grpo import entropy_bonus, grpo_loss
+from sgpo_lib.losses.head import Head
 from sgpo_lib.losses.imitation import falls_back, luffy_loss, sft_loss
 from sgpo_lib.losses.masked import LossOutput, response_mean_weights
 from sgpo_lib.losses.token_kl import forward_kl_guided_to_unguided, token_logp_and_entropy
@@ -158,8 +159,8 @@ def test_shapes_and_types_are_checked():
     with pytest.raises(TypeCheckError):
         luffy_loss(three, three, two, 0.1)
     with pytest.raises(TypeCheckError):
-        forward_kl_guided_to_unguided(torch.zeros(3, 2), torch.zeros(4, 2), torch.zeros(5, 2), None, 2)
+        forward_kl_guided_to_unguided(torch.zeros(3, 2), torch.zeros(4, 2), Head(torch.zeros(5, 2)), 2)
     with pytest.raises(TypeCheckError):
-        token_logp_and_entropy(torch.zeros(3, 2), three, torch.zeros(5, 2), None, 2)  # targets are not integers
+        token_logp_and_entropy(torch.zeros(3, 2), three, Head(torch.zeros(5, 2)), 2)  # targets are not integers
     with pytest.raises(TypeCheckError):
         LossOutput(three)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sgpo_lib.losses.head import Head
 from sgpo_lib.losses.token_kl import (
     forward_kl_guided_to_unguided,
     reverse_kl_unguided_to_guided,
@@ -55,20 +56,20 @@ class Tracker(TorchDispatchMode):
 
 
 def forward_kl(case: Case, chunk: int) -> Tensor:
-    return forward_kl_guided_to_unguided(case.guided, leaf(case.unguided), leaf(case.head), None, chunk)
+    return forward_kl_guided_to_unguided(case.guided, leaf(case.unguided), Head(leaf(case.head)), chunk)
 
 
 def reverse_kl(case: Case, chunk: int) -> Tensor:
-    return reverse_kl_unguided_to_guided(case.guided, leaf(case.unguided), leaf(case.head), None, chunk,
-                                         case.guided_head)
+    return reverse_kl_unguided_to_guided(case.guided, leaf(case.unguided), Head(leaf(case.head)), chunk,
+                                         Head(*case.guided_head))
 
 
 def logp(case: Case, chunk: int) -> Tensor:
-    return token_logp_and_entropy(leaf(case.unguided), case.target, leaf(case.head), None, chunk)[0]
+    return token_logp_and_entropy(leaf(case.unguided), case.target, Head(leaf(case.head)), chunk)[0]
 
 
 def logp_and_entropy(case: Case, chunk: int) -> Tensor:
-    return sum(token_logp_and_entropy(leaf(case.unguided), case.target, leaf(case.head), None, chunk,
+    return sum(token_logp_and_entropy(leaf(case.unguided), case.target, Head(leaf(case.head)), chunk,
                                       entropy_gradient=True))
 
 
@@ -97,15 +98,18 @@ def test_memory_stays_at_a_few_chunks_of_the_vocabulary(quantity):
 def test_nothing_of_size_tokens_by_vocabulary_is_saved_for_the_backward_pass(quantity):
     n, v, chunk = 64, 200, 8
     case = make_case(9, (n, 4, v), with_bias=False)
-    saved: dict[int, Tensor] = {}  # one entry per storage: every chunk saves the same head
+    saved: dict[int, Tensor] = {}  # one entry per storage
 
     def pack(t: Tensor) -> Tensor:
         return saved.setdefault(t.untyped_storage().data_ptr(), t)
 
-    for size, fits in ((chunk, True), (n, False)):
+    def plain(case: Case, chunk: int) -> Tensor:
+        return torch.log_softmax(leaf(case.unguided) @ case.head.T, dim=-1)
+
+    for made, fits in ((quantity, True), (plain, False)):  # the hooks do see a full distribution where there is one
         saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = quantity(case, size)
+            out = made(case, chunk)
         elements = sum(t.untyped_storage().nbytes() // t.element_size() for t in saved.values())
         assert (elements < n * v / 4) == fits, (elements, n * v)
         del out

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from sgpo_lib.batching import LAYOUTS, TokenBatch
 from sgpo_lib.guided_side import GuidedSide
+from sgpo_lib.losses.head import Head
 from sgpo_lib.objective import accumulate, autonomous_logp, plan
 from sgpo_lib.recipes import METHODS, from_parameters
 from sgpo_lib.records import Problem, Rollout, RolloutGroup, Verdict
@@ -72,8 +73,8 @@ class PrefixPolicy:
     def parameters(self) -> list[Tensor]:
         return self.weights
 
-    def head(self) -> tuple[Tensor, Tensor]:
-        return self.weights[1], self.weights[2]
+    def head(self) -> Head:
+        return Head(self.weights[1], self.weights[2])
 
     def token_batch(self, rows: Any, layout: str) -> TokenBatch:
         return TokenBatch.build(rows, pad_id=0, layout=layout)

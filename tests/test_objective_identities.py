@@ -215,7 +215,7 @@ def test_the_live_weights_are_back_after_a_look_at_the_guided_side(world, side, 
     where = [p.data_ptr() for p in parameters]
     values = [p.detach().clone() for p in parameters]
     batch = policy.token_batch([(g.guided_prompt_ids, g.guided[0].token_ids) for g in world.groups])
-    hidden_NH, (matrix_VH, bias_V) = session.guided_side.states(batch)
+    hidden_NH, (matrix_VH, bias_V, _) = session.guided_side.states(batch)
     assert not hidden_NH.requires_grad and not matrix_VH.requires_grad and bias_V is None
     with torch.no_grad():
         same = torch.equal(hidden_NH, policy.response_hidden(batch)), torch.equal(matrix_VH, policy.head()[0])

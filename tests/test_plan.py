@@ -21,10 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Con
 from sgpo_lib import plan, plan_time, tiny
 from sgpo_lib.cli import main
 from sgpo_lib.config import ModelConfig, override
+from sgpo_lib.losses.head import Head
 from sgpo_lib.losses.token_kl import forward_kl_guided_to_unguided, token_logp_and_entropy
 from sgpo_lib.plan_setup import DEVICES, PROCESS_GPU, Setup, Term, evaluations, terms, uncounted
 from sgpo_lib.recipes import from_parameters
-from sgpo_lib.shapes import PUBLISHED, Shape, find_shape, shape_of
+from sgpo_lib.shapes import BLOCK, PUBLISHED, Shape, find_shape, shape_of
 
 SMALL = Shape("llama", hidden=8, layers=2, heads=4, kv_heads=2, head_size=2, intermediate=16, vocabulary=100,
               tied=False, context=64)
@@ -59,7 +60,7 @@ def test_a_small_model_by_hand():
     assert plan.layer_kept(s, 2, 12) == 24 * (4 * (16 + 16 + 32 + 16 + 16 + 48) + 4 * 4 + 8)
     assert plan.layer_kept(s, 1, 12) == 12 * (4 * (16 + 16 + 32 + 16 + 8 + 48) + 4 * 4 + 8)  # no mask: not repeated
     assert (plan.mask(s, 2, 12), plan.mask(s, 1, 12)) == (4 * 2 * 144, 0)
-    assert plan.head_workspace(s, Term("token KL", 4, 2, 5, True), 8) == 5 * 4 * 5 * 100 + 4 * 800
+    assert plan.head_workspace(s, Term("token KL", 4, 2, 5, True), 8) == (2 + 5) * 4 * 5 * 100 + 4 * 800
     assert plan.optimizer_working(s) == 2 * 4 * 800
     sampled = plan.sampling(s, 3, 8)
     assert sampled["KV cache"] == 3 * 12 * (2 * 2 * 4 * 4)
@@ -83,7 +84,7 @@ def test_times_by_hand():
     rows = Term("policy gradient", 16, 4, 3)
     assert plan_time.update_flops(s, rows) == 16 * (2 * 8 * 6 * 592 + 2 * 8 * 4 * 8 * 8 * 3.5 + 4 * 800 * 8)
     adapter = setup(shape=SMALL, lora_rank=2, activation_checkpointing=True, **fields)
-    assert plan_time.update_flops(adapter, rows) == 16 * (2 * 8 * (4 + 2) * 592 + 2 * 8 * 4 * 8 * 8 * 4.5 + 4 * 800 * 6)
+    assert plan_time.update_flops(adapter, rows) == 16 * (2 * 8 * (4 + 2) * 592 + 2 * 8 * 4 * 8 * 8 * 4.5 + 4 * 800 * 4)
     assert [(t.name, t.rows, t.together) for t in terms(s)] == [("policy gradient", 16, 4), ("token KL", 2, 2)]
 
 
@@ -114,8 +115,8 @@ def test_more_gpus_take_less_time():
     ({"micro_batch": 1}, "attention masks"), ({"attention": "flash_attention_2"}, "attention masks"),
     ({"kl_chunk_tokens": 64}, "log-probability workspace"), ({"compute_dtype": ""}, "gathered")])
 def test_each_cure_makes_its_part_smaller(change, smaller):
-    before = plan.phases(setup(micro_batch=4, workers=1, kl_chunk_tokens=16384))["update: policy gradient"]
-    after = plan.phases(setup(**{"micro_batch": 4, "workers": 1, "kl_chunk_tokens": 16384} | change))
+    before = plan.phases(setup(micro_batch=4, workers=1, kl_chunk_tokens=65536))["update: policy gradient"]
+    after = plan.phases(setup(**{"micro_batch": 4, "workers": 1, "kl_chunk_tokens": 65536} | change))
     assert after["update: policy gradient"].get(smaller, 0) < before[smaller]
 
 
@@ -234,23 +235,26 @@ def test_a_layer_keeps_what_the_formula_says(kind, dtype, rank, padded):
 @pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("quantity", ["log-probability", "token KL"])
-def test_the_workspace_of_a_chunk(quantity, dtype, trains):
-    """Counted in token_kl.py: what the formula says, or less by one tensor of chunk x vocabulary."""
+@pytest.mark.parametrize("block", [16_000, 2**18])
+def test_the_workspace_of_a_chunk(quantity, dtype, trains, block, monkeypatch):
+    """Counted in fused.py: what the formula says, within half a block."""
+    monkeypatch.setitem(BLOCK, "cpu", block)
     n, h, v, chunk = 96, 64, 4000, 16
     hidden = torch.randn(n, h, dtype=getattr(torch, dtype), requires_grad=True)
     head = torch.randn(v, h, dtype=getattr(torch, dtype), requires_grad=trains)
     guided = torch.randn(n, h, dtype=hidden.dtype)
     with Alive() as alive:
         if quantity == "token KL":
-            out = forward_kl_guided_to_unguided(guided, hidden, head, None, chunk).sum()
+            out = forward_kl_guided_to_unguided(guided, hidden, Head(head), chunk).sum()
         else:
-            out = token_logp_and_entropy(hidden, torch.zeros(n, dtype=torch.long), head, None, chunk)[0].sum()
+            out = token_logp_and_entropy(hidden, torch.zeros(n, dtype=torch.long), Head(head), chunk)[0].sum()
         out.backward()
     s = small(kl_chunk_tokens=chunk, dtype=dtype, lora_rank=0 if trains else 4)
-    s = dataclasses.replace(s, shape=dataclasses.replace(SMALL, hidden=h, vocabulary=v))
+    s = dataclasses.replace(s, shape=dataclasses.replace(SMALL, hidden=h, vocabulary=v), kind="cpu")
     formula = plan.head_workspace(s, Term(quantity, 1, 1, 5 if quantity == "token KL" else 3), n)
     beside = 4 * n * h * 4  # hidden states and their gradients
-    assert formula - 4 * chunk * v <= alive.peak <= formula + beside
+    room = 2 * min(block, chunk * v)
+    assert formula - room <= alive.peak <= formula + beside + room
 
 
 @pytest.mark.slow

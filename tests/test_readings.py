@@ -166,7 +166,7 @@ def test_the_divergence_is_the_one_that_trains(policy, problem, response):
     policy.model.eval()
     hidden = [policy.response_hidden(policy.token_batch([(prompt_ids(policy.tokenizer, problem, guided=g), response)]))
               for g in (True, False)]
-    trained = forward_kl_guided_to_unguided(*hidden, *policy.head(), 16).detach().numpy()
+    trained = forward_kl_guided_to_unguided(*hidden, policy.head(), 16).detach().numpy()
     np.testing.assert_allclose(token_readings(policy, problem, response).table["forward_kl"], trained, atol=2e-6)
 
 

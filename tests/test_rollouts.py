@@ -82,7 +82,7 @@ def test_recorded_log_probabilities_are_the_trainers(policy):
     batch = TokenBatch.build([(r.prompt_ids, s.token_ids) for r, s in zip(wanted, samples, strict=True)],
                              policy.pad_id())
     with torch.no_grad():
-        logp_N, _ = token_logp_and_entropy(policy.response_hidden(batch), batch.target_N, *policy.head(), 64)
+        logp_N, _ = token_logp_and_entropy(policy.response_hidden(batch), batch.target_N, policy.head(), 64)
     recorded = torch.tensor([x for s in samples for x in s.logp])
     assert torch.allclose(logp_N, recorded, atol=2e-5)
 
