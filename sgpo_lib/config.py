@@ -129,6 +129,9 @@ class TrainConfig:
     layout: str = "right"
     """How the sequences of a micro-batch share a forward pass: padded on the `right` or `left`, or `packed` into one
     row with attention inside each sequence only. Changes speed, not the result."""
+    skip_untaught: bool = True
+    """Leave out passes without a gradient: of responses with no advantage. `entropy` and `sampler_trainer_gap` are then
+    those of the others; false measures all. The weights are the same."""
     kl_chunk_tokens: int = 256
     """Tokens whose full-vocabulary distributions exist at a time."""
     lr: float = 1e-4

@@ -56,7 +56,9 @@ LABELS = {
 SHARES = frozenset({"accuracy", "reward_autonomous", "reward_guided", "kl_clipped_share", "target_share", "alpha"})
 """Metrics between 0 and 1: their bands are cut there."""
 PHASES = {"seconds_sample": ("sampling", "#0072B2"), "seconds_verify": ("verifying", "#E69F00"),
-          "seconds_score": ("scoring (log-probabilities)", "#56B4E9"), "seconds_update": ("update", "#D55E00"),
+          "seconds_score": ("scoring (log-probabilities)", "#56B4E9"),
+          "seconds_policy": ("policy gradient", "#D55E00"), "seconds_expert": ("expert solutions", "#F0E442"),
+          "seconds_distil": ("distillation", "#CC79A7"), "seconds_optimizer": ("optimizer", "#009E73"),
           "rest": ("rest", "#9a9a9a")}
 """Where the time of a step goes, and its colours."""
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)

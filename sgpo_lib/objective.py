@@ -80,9 +80,13 @@ def _correct(rollouts: Sequence[Rollout]) -> list[bool]:
 
 
 def _reach(session: Session, groups: Sequence[RolloutGroup]) -> dict[int, float]:
-    """id(guided response) -> sum_t log pi(o_t | q, o_<t) in nats, for the correct ones."""
-    correct = [(g, o) for g in groups for o, ok in zip(g.guided, _correct(g.guided), strict=True) if ok]
+    """id(guided response) -> sum_t log pi(o_t | q, o_<t) in nats, for the correct ones of problems that have several:
+    the only one is the target whatever its value, and where all are, none is asked for it."""
+    correct = [(g, o) for g in groups if session.config.method.target_selection != "all_correct"
+               and sum(_correct(g.guided)) > 1 for o in g.guided if o.correct]
     rows: list[Row] = [(g.unguided_prompt_ids, o.token_ids) for g, o in correct]
+    session.work["skipped"] += sum(len(g.unguided_prompt_ids) + len(o.token_ids) for g in groups for o in g.guided
+                                   if o.correct) - _tokens(rows)
     reach: dict[int, float] = {}
     for part in session.micro_batches(rows, learns=False):
         batch = _token_batch(session, rows, part)
@@ -105,7 +109,8 @@ def _alpha(method: MethodConfig, group: RolloutGroup, targets: Sequence[int]) ->
 @torch.no_grad()
 def autonomous_logp(session: Session, works: Sequence[ProblemWork]) -> dict[int, torch.Tensor]:
     """id(response) -> log pi_old of its tokens, by the trainer itself, before the batch's first update."""
-    rollouts = [o for w in works for o in w.group.autonomous]
+    rollouts = [o for w in works for o, a in zip(w.group.autonomous, w.advantages, strict=True)
+                if not _skips(session, w, a)]
     rows: list[Row] = [(o.prompt_ids, o.token_ids) for o in rollouts]
     old: dict[int, torch.Tensor] = {}
     for part in session.micro_batches(rows, learns=False):
@@ -119,9 +124,23 @@ def accumulate(session: Session, works: Sequence[ProblemWork], old_logp: dict[in
                sums: Sums) -> None:
     """Gradient of a mini-batch's whole loss. `old_logp` is None where the batch's first update is its only one."""
     counts, problems = _counts(session, works)
-    accumulate_policy_gradient(session, works, old_logp, counts, sums)
-    accumulate_expert(session, works, counts, problems, sums)
-    accumulate_distillation(session, works, problems, sums)
+    with session.phase("policy"):
+        accumulate_policy_gradient(session, works, old_logp, counts, sums)
+    if session.config.method.expert != "none":
+        with session.phase("expert"):
+            accumulate_expert(session, works, counts, problems, sums)
+    if session.config.method.distillation != "none":
+        with session.phase("distil"):
+            accumulate_distillation(session, works, problems, sums)
+
+
+def _teaches(method: MethodConfig, work: ProblemWork, advantage: float) -> bool:
+    """Whether the policy gradient of a response is not zero (Eq. 1 has the factor A_i)."""
+    return method.policy_gradient and not work.imitates and (advantage != 0 or method.entropy_coefficient > 0)
+
+
+def _skips(session: Session, work: ProblemWork, advantage: float) -> bool:
+    return session.config.train.skip_untaught and not _teaches(session.config.method, work, advantage)
 
 
 def _counts(session: Session, works: Sequence[ProblemWork]) -> tuple[Counts, int]:
@@ -139,12 +158,21 @@ def _counts(session: Session, works: Sequence[ProblemWork]) -> tuple[Counts, int
 
 def accumulate_policy_gradient(session: Session, works: Sequence[ProblemWork],
                                old_logp: dict[int, torch.Tensor] | None, counts: Counts, sums: Sums) -> None:
-    """Gradient of -L_GRPO (Eq. 1) and of the entropy bonus. Responses that are not learned are only measured."""
+    """Gradient of -L_GRPO (Eq. 1) and of the entropy bonus. Responses that teach nothing are left out, or, without
+    `skip_untaught`, measured."""
     method, device = session.config.method, session.policy.device
     for learns in (True, False):
-        flat = [(o, a) for w in works if learns == (method.policy_gradient and not w.imitates)
-                for o, a in zip(w.group.autonomous, w.advantages, strict=True)]
+        flat = [(o, a) for w in works for o, a in zip(w.group.autonomous, w.advantages, strict=True)
+                if learns == _teaches(method, w, a)]
         rows: list[Row] = [(o.prompt_ids, o.token_ids) for o, _ in flat]
+        if not learns:
+            if method.policy_gradient:  # none of their tokens is clipped
+                sums["policy_token_count"] += sum(len(o.token_ids) for w in works for o, a in zip(
+                    w.group.autonomous, w.advantages, strict=True) if not w.imitates and a == 0
+                    and not _teaches(method, w, a))
+            if session.config.train.skip_untaught:
+                session.work["skipped"] += _tokens(rows)
+                break
         for part in session.micro_batches(rows, learns=learns):
             batch = _token_batch(session, rows, part)
             with torch.set_grad_enabled(learns):
@@ -222,5 +250,12 @@ def accumulate_distillation(session: Session, works: Sequence[ProblemWork], prob
         sums.update({"loss_kd": float(output.loss.detach())})
 
 
+def _tokens(rows: Sequence[Row]) -> int:
+    return sum(len(prompt) + len(response) for prompt, response in rows)
+
+
 def _token_batch(session: Session, rows: Sequence[Row], part: Sequence[int]) -> TokenBatch:
-    return session.policy.token_batch([rows[i] for i in part], session.config.train.layout)
+    chosen = [rows[i] for i in part]
+    batch = session.policy.token_batch(chosen, session.config.train.layout)
+    session.work.update({"computed": _tokens(chosen), "slots": batch.input_ids_RS.numel()})
+    return batch

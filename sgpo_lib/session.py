@@ -7,6 +7,7 @@ resumed run repeats the uninterrupted one's metrics to the bit.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 import random
@@ -91,6 +92,8 @@ class Session(OpenModel):
     """Ctrl-C waits from the first update of a step to its end."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of the current step by phase."""
+    work: collections.Counter = field(default_factory=collections.Counter)
+    """Tokens of prompts and responses in the current step's passes: `computed`, `slots` with padding, `skipped`."""
     benchmarks: list[Benchmark] = field(default_factory=list)
     """Further test sets for the end."""
 
@@ -155,6 +158,10 @@ class Session(OpenModel):
 
         Raises FloatingPointError for a gradient that is not finite, before any weight changes.
         """
+        with self.phase("optimizer"):
+            return self._update(step)
+
+    def _update(self, step: int) -> float:
         limit = self.config.train.max_grad_norm or math.inf
         self.policy.settle()
         total: Any = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit)

@@ -22,7 +22,8 @@ def step_sums(session: Session, groups: Sequence[RolloutGroup], works: Sequence[
         "autonomous_tokens": sum(len(o.token_ids) for o in autonomous), "p_auto_sum": sum(g.p_auto for g in groups),
         "length_stops": sum(o.stop == "length" for o in everything),
         "unverifiable": sum(o.verdict.status == "unverifiable" for o in everything if o.verdict),
-        "without_variance": sum(not any(w.advantages) for w in works)})
+        "without_variance": sum(not any(w.advantages) for w in works),
+        **{f"{name}_tokens": session.work[name] for name in ("computed", "slots", "skipped")}})
     if method.g2:
         sums.update({"p_guide_sum": sum(g.p_guide for g in groups), "alpha_sum": sum(w.alpha for w in works),
                      "with_target": sum(bool(w.targets) for w in works)})
@@ -46,17 +47,20 @@ def step_metrics(session: Session, sums: Sums, updates: int, step: int) -> dict[
 
     row: dict[str, Any] = {
         "reward_autonomous": sums["p_auto_sum"] / problems,
-        "entropy": per("entropy_sum", "measured_token_count"),
         "response_length": per("autonomous_tokens", "autonomous_count"),
         "length_limit_share": per("length_stops", "response_count"),
         "unverifiable_share": per("unverifiable", "response_count"),
         "zero_variance_share": sums["without_variance"] / problems,
         "policy_clip_share": per("policy_clipped_count", "policy_token_count"),
-        "sampler_trainer_gap": per("gap_sum", "measured_token_count"),
         "loss_grpo": sums["loss_grpo"] / updates, "grad_norm": sums["grad_norm"] / updates,
         "lr": session.learning_rate(step), "updates": updates, "tokens": sums["token_total"],
         "tokens_per_second": sums["token_total"] / session.seconds["sample"],
+        "skipped_share": sums["skipped_tokens"] / max(1, sums["skipped_tokens"] + sums["computed_tokens"]),
+        "padding_share": 1 - sums["computed_tokens"] / max(1, sums["slots_tokens"]),
     }
+    if sums["measured_token_count"]:  # with skip_untaught there may be nothing to measure
+        row |= {"entropy": per("entropy_sum", "measured_token_count"),
+                "sampler_trainer_gap": per("gap_sum", "measured_token_count")}
     if method.g2:
         row |= {"reward_guided": sums["p_guide_sum"] / problems, "alpha": sums["alpha_sum"] / problems,
                 "target_share": sums["with_target"] / problems, "loss_kd": sums["loss_kd"] / updates}

@@ -56,9 +56,9 @@ def require_room(problem: Problem, row: Row, context: int) -> None:
 def supervised_step(session: Session, step: int, rows: Sequence[Row]) -> dict[str, Any]:
     """One update on one batch: token mean over the batch's response tokens."""
     batch = session.batch_of(rows, step)
-    with session.phase("update"):
+    with session.phase("expert"):
         nll, tokens = _accumulate(session, batch, backward=True)
-        norm = session.update(step)
+    norm = session.update(step)
     return {"loss": nll / tokens, "grad_norm": norm, "lr": session.learning_rate(step), "tokens": tokens}
 
 

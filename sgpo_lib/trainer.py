@@ -127,7 +127,7 @@ def _loop(session: Session, on_row: OnRow | None) -> None:
         complete(session.step)
         for step in range(session.step + 1, session.total_steps + 1):
             started, cpu = time.perf_counter(), time.process_time()
-            session.seconds = {}
+            session.seconds, session.work = {}, collections.Counter()
             torch.manual_seed(sample_seed(config.seed, "dropout", step, world.rank))  # else nothing draws from torch's
             metrics = supervised_step(session, step, rows) if supervised else sgpo_step(session, step)
             seconds = {f"seconds_{k}": v for k, v in session.seconds.items()}
@@ -167,21 +167,20 @@ def sgpo_step(session: Session, step: int) -> dict[str, Any]:
         old_logp = autonomous_logp(session, works) if several else None
 
     sums: collections.Counter = collections.Counter()
-    with session.phase("update"):  # lines 10, 14, 19 and 21
-        updates = 0
-        for _ in range(train_config.updates_per_batch):
-            for start in range(0, len(batch), size):
-                mine = range(session.world.rank, len(batch), session.world.size)  # where my problems are in the batch
-                part = [w for i, w in zip(mine, works, strict=True) if start <= i < start + size]
-                accumulate(session, part, old_logp, sums)
-                norm = session.update(step)  # of all workers' gradient: counted once
-                sums.update({"grad_norm": norm if session.world.first else 0.0})
-                updates += 1
+    updates = 0  # lines 10, 14, 19 and 21
+    for _ in range(train_config.updates_per_batch):
+        for start in range(0, len(batch), size):
+            mine = range(session.world.rank, len(batch), session.world.size)  # where my problems are in the batch
+            part = [w for i, w in zip(mine, works, strict=True) if start <= i < start + size]
+            accumulate(session, part, old_logp, sums)
+            norm = session.update(step)  # of all workers' gradient: counted once
+            sums.update({"grad_norm": norm if session.world.first else 0.0})
+            updates += 1
 
     sums.update(step_sums(session, groups, works))
     sums = session.world.added(sums)
     row = step_metrics(session, sums, updates, step) | session.engine.report()
-    gap, limit = row["sampler_trainer_gap"], config.rollout.max_gap
+    gap, limit = row.get("sampler_trainer_gap", 0.0), config.rollout.max_gap
     if step == 1 or step == session.total_steps or step % KEEP_ROLLOUTS_EVERY == 0 or not gap <= limit:
         kept = session.world.woven([rollout_rows([group]) for group in groups])
         if session.world.first:

@@ -50,10 +50,12 @@ class FakeSession:
     """The part of a session that the objective uses."""
 
     logp_and_entropy, micro_batches, backward = Session.logp_and_entropy, Session.micro_batches, Session.backward
+    phase = Session.phase
     world = Workers()
 
     def __init__(self, config: RunConfig, policy: Policy):
         self.config, self.policy = config, policy
+        self.seconds, self.work = {}, collections.Counter()
         self.guided_side = GuidedSide(policy, config.method.guided_side, config.method.ema_decay)
 
 
@@ -157,7 +159,7 @@ def configured(name: str, micro_batch: int = 128, **changes: Any) -> RunConfig:
     """A method's configuration with small groups, and with a delta that clips about half of the tokens."""
     method = METHODS[name]
     sizes: dict[str, Any] = {"g1": 4, "g2": 3 if method.g2 else 0, "max_new_tokens": LONGEST, "kl_chunk_tokens": 16,
-                             "kl_delta": 0.45 if method.kl_delta < math.inf else math.inf}
+                             "skip_untaught": False, "kl_delta": 0.45 if method.kl_delta < math.inf else math.inf}
     return from_parameters("tiny", name, **{**sizes, "micro_batch": micro_batch, **changes})
 
 

@@ -63,7 +63,7 @@ def test_colours_are_fixed_and_differ():
 
 def train_rows() -> pd.DataFrame:
     same = {"kind": "train", "response_length": 20.0, "kl_mean": 0.1, "kl_clipped_share": 0.01, "target_share": 0.9,
-            "seconds_sample": 2.0, "seconds_verify": 0.5, "seconds_update": 1.0, "seconds_step": 4.0}
+            "seconds_sample": 2.0, "seconds_verify": 0.5, "seconds_policy": 1.0, "seconds_step": 4.0}
     guided = {"sgpo": {"reward_guided": 0.7}, "grpo8": {}}
     return pd.DataFrame([
         {"run": f"{method}-{seed}", "method": method, "seed": seed, "step": step, "reward_autonomous": 0.2 * step,
@@ -90,7 +90,7 @@ def test_alpha_against_pass_rate_takes_sgpo_only():
 def test_phase_seconds_adds_the_rest():
     figure = figures.phase_seconds(train_rows())
     bars = {t.name: list(t.x) for t in figure.data}
-    assert bars["sampling"] == [2.0, 2.0] and bars["update"] == [1.0, 1.0]
+    assert bars["sampling"] == [2.0, 2.0] and bars["policy gradient"] == [1.0, 1.0]
     assert bars["rest"] == pytest.approx([0.5, 0.5])  # 4 - 2 - 0.5 - 1
     assert list(figure.data[0].y) == ["GRPO (8 samples)", "SGPO"]
 

@@ -93,6 +93,7 @@ class FakeSession:
 
     def __init__(self, config: Any, weights: Weights, dtype: torch.dtype = torch.float64) -> None:
         self.config, self.policy = config, PrefixPolicy(weights, dtype)
+        self.work = collections.Counter()
         self.guided_side = GuidedSide(self.policy, config.method.guided_side, config.method.ema_decay)
 
     def batch_of(self, rows: Any, step: int) -> Any:

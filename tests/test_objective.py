@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-from objective_world import LONGEST, World, assert_same_gradient, configured, make_world, ours
+from objective_world import LONGEST, World, assert_same_gradient, configured, make_world, opened, ours
 from torch import Tensor
 
 from sgpo_lib.method_config import CHOICES
+from sgpo_lib.objective import accumulate, autonomous_logp, plan
 from sgpo_lib.recipes import METHODS
 
 RL = [name for name, method in METHODS.items() if method.objective == "rl"]
@@ -189,6 +190,29 @@ def naive_gradient(world: World, loss: Tensor) -> dict[str, Tensor]:
 
 
 # --- agreement --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", RL)
+def test_what_cannot_teach_is_left_out_and_changes_no_gradient(world, name):
+    """Same gradient, losses and shares; fewer tokens in passes, and all of them accounted for."""
+    whole, part = (opened(world, configured(name, skip_untaught=skips)) for skips in (False, True))
+    found = []
+    for session in (whole, part):
+        works = plan(session, world.groups)
+        old = autonomous_logp(session, works)
+        sums = collections.Counter()
+        accumulate(session, works, old, sums)
+        found.append(({n: p.grad for n, p in session.policy.model.named_parameters()}, sums))
+    for (n, expected), got in zip(found[0][0].items(), found[1][0].values(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12, msg=n)
+    for term in ("loss_grpo", "loss_kd", "loss_expert", "policy_token_count", "policy_clipped_count", "kl_token_count"):
+        assert math.isclose(found[0][1][term], found[1][1][term], rel_tol=1e-9, abs_tol=1e-12), term
+    method = part.config.method
+    untaught = sum(len(o.prompt_ids) + len(o.token_ids) for w in works for o, a in zip(
+        w.group.autonomous, w.advantages, strict=True)
+        if w.imitates or not method.policy_gradient or not (a or method.entropy_coefficient))
+    assert part.work["skipped"] - whole.work["skipped"] == untaught
+    assert whole.work["computed"] - part.work["computed"] == 2 * untaught  # the old log-probabilities, and the update
+
+
 @pytest.mark.parametrize(("name", "changes"), [*((name, {}) for name in RL), *OPTIONS],
                          ids=lambda v: v if isinstance(v, str) else ",".join(f"{k}={x}" for k, x in v.items()) or "-")
 def test_the_gradient_of_a_mini_batch_is_the_naive_one(world, name, changes):

@@ -81,7 +81,8 @@ def test_a_supervised_run_keeps_its_best_step(warm):
 def test_every_rl_method_trains_from_the_supervised_run(base, tmp_path, warm, method):
     """Two steps of 3 problems: finite metrics, those that belong to the method, and every response stored."""
     extra = {"expert_gate": 4} if method == "hpt" else {}
-    run = train(small(base, method, steps=2, init_from=str(warm.folder), eval_every=0, **extra), root=tmp_path)
+    run = train(small(base, method, steps=2, init_from=str(warm.folder), eval_every=0, skip_untaught=False,
+                      **extra), root=tmp_path)
     m, rows = METHODS[method], run.metrics("train")
     assert len(rows) == 2 and all(math.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
     for row in rows:
@@ -114,7 +115,7 @@ def test_a_run_starts_from_the_weights_of_any_other_run(base, tmp_path, warm):
 
 def test_the_gap_is_measured_also_where_every_rollout_is_dropped(base, tmp_path):
     """HPT with the highest gate: expert solutions are learned, dropped responses are still looked at."""
-    rows = train(small(base, "hpt", steps=3, expert_gate=11), root=tmp_path).metrics("train")
+    rows = train(small(base, "hpt", steps=3, expert_gate=11, skip_untaught=False), root=tmp_path).metrics("train")
     assert [r["expert_share"] for r in rows] == [1.0] * 3 and all(r["loss_grpo"] == 0 for r in rows)
     assert all(0 < r["sampler_trainer_gap"] < 1e-4 and r["entropy"] > 0 and r["loss_expert"] > 1 for r in rows)
 

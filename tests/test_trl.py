@@ -180,7 +180,7 @@ def fresh_policy() -> Policy:
 
 def session(policy: Policy, method: str, **fields: Any) -> Any:
     """What gradients need of a session. Micro-batches of four and small chunks, where TRL takes the whole batch."""
-    config = from_parameters("smollm2", method, lora_rank=0, micro_batch=4, kl_chunk_tokens=50,
+    config = from_parameters("smollm2", method, lora_rank=0, micro_batch=4, kl_chunk_tokens=50, skip_untaught=False,
                              max_new_tokens=LONGEST, g1=G, advantage_eps=TRL_EPS, clip_low=CLIP_LOW,
                              clip_high=CLIP_HIGH, **fields)
     return FakeSession(config, policy)
