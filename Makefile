@@ -10,7 +10,7 @@ SERIES := quickstart$(if $(SMOKE),-smoke)
 LOCK ?= run
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv venv-test run paper paper-quick test test-quick test-browser test-vllm test-vllm-ray test-cluster check strategies lab lock clean
+.PHONY: help venv venv-test run paper paper-quick test test-quick test-browser test-vllm test-vllm-ray test-cluster check strategies bench lab lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -101,6 +101,9 @@ test-cluster: .venv/.cluster-stamp  ## Run the tests on a real Slurm and a real 
 
 strategies: venv  ## Measure the leak check and the scorers on the shipped collection: reports/strategy_extraction
 	@$(BIN)/python tools/strategy_report.py $(foreach engine,$(SCORER),--scorer $(engine))
+
+bench: venv-test  ## Measure speed and memory against peers (20 minutes): benchmarks/results
+	@$(BIN)/python benchmarks/run.py
 
 check: venv-test  ## Lint (notebooks too), types, order of imports
 	@$(BIN)/ruff check .

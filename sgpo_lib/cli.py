@@ -1,4 +1,4 @@
-"""The command `sgpo`: plan a run, run a notebook or a batch headless, see how things stand, report, export weights.
+"""The command `sgpo`: plan, profile, run a notebook or a batch headless, see how things stand, report, export weights.
 
 Errors that a user can cure print one line and exit with 2; a job that failed, or a plan that does not fit, exits with
 1, a job that was asked to stop (SIGUSR1 or SIGTERM to `sgpo run`) with 75, an interrupt with 130. Commands import what
@@ -23,6 +23,8 @@ from sgpo_lib.extraction.command import command as extract_command
 from sgpo_lib.jobs import STOPPED, batch_folders, jobs_root, parse_assignment, read_batch
 from sgpo_lib.plan_command import add_arguments as add_plan_arguments
 from sgpo_lib.plan_command import command as plan_command
+from sgpo_lib.profile_command import add_arguments as add_profile_arguments
+from sgpo_lib.profile_command import command as profile_command
 from sgpo_lib.redaction import Redactor
 from sgpo_lib.runs import Stopped, list_runs, load_run, reports_root
 
@@ -69,6 +71,12 @@ def parser() -> argparse.ArgumentParser:
     add_plan_arguments(plan)
     plan.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE",
                       help="as for `sgpo run`: a config field; the value is YAML")
+    profile = commands.add_parser("profile", help="where a training step's time and memory go", description=(
+        "Train a few steps of a profile, or read a run's metrics: seconds and memory by phase beside the least that "
+        "this machine allows, and what makes it slow."))
+    add_profile_arguments(profile)
+    profile.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE",
+                         help="as for `sgpo run`: a config field of the profile; the value is YAML")
     export = commands.add_parser("export", help="a run's weights for other programs", description=(
         "Write a plain Hugging Face folder (LoRA merged) or a PEFT adapter, which transformers, PEFT and vLLM load."))
     export.add_argument("run", help="name below the root of runs, or folder")
@@ -92,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, _interrupt)
     commands = {"run": _run, "batch": _batch, "status": _status, "report": _report, "export": _export,
                 "plan": lambda given: plan_command(given, _parameters(given.parameter), _say),
+                "profile": lambda given: profile_command(given, _parameters(given.parameter), _say),
                 "extract": lambda given: extract_command(given, _say)}
     try:
         return commands[arguments.command](arguments)

@@ -126,9 +126,12 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """Keep only the input of each layer and compute the rest again in the backward pass. Changes memory and speed, not
     the result."""
+    micro_batch_tokens: int = 0
+    """Most tokens of such a pass, padding included; 0 sets no limit."""
     layout: str = "right"
-    """How the sequences of a micro-batch share a forward pass: padded on the `right` or `left`, or `packed` into one
-    row with attention inside each sequence only. Changes speed, not the result."""
+    """How the sequences of a micro-batch share a forward pass: padded on the `right` or `left`, `packed` into one row
+    with attention inside each sequence only, or `shared`: packed, and a prompt computed once for its responses. Changes
+    speed, not the result."""
     skip_untaught: bool = True
     """Leave out passes without a gradient: of responses with no advantage. `entropy` and `sampler_trainer_gap` are then
     those of the others; false measures all. The weights are the same."""

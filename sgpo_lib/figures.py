@@ -59,7 +59,7 @@ PHASES = {"seconds_sample": ("sampling", "#0072B2"), "seconds_verify": ("verifyi
           "seconds_score": ("scoring (log-probabilities)", "#56B4E9"),
           "seconds_policy": ("policy gradient", "#D55E00"), "seconds_expert": ("expert solutions", "#F0E442"),
           "seconds_distil": ("distillation", "#CC79A7"), "seconds_optimizer": ("optimizer", "#009E73"),
-          "rest": ("rest", "#9a9a9a")}
+          "seconds_log": ("logging", "#8C6D31"), "rest": ("rest", "#9a9a9a")}
 """Where the time of a step goes, and its colours."""
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
@@ -228,9 +228,11 @@ def phase_seconds(df: pd.DataFrame) -> go.Figure:
     if empty := missing(df, ["method", *(phases or ["seconds_sample"])][:2], title, "train"):
         return empty
     df = df[df["kind"] == "train"]
-    means = df.groupby("method")[phases].mean().fillna(0.0)
     if "seconds_step" in df.columns:
-        means["rest"] = (df.groupby("method")["seconds_step"].mean() - means.sum(axis=1)).clip(lower=0.0).fillna(0.0)
+        df = df[df["seconds_step"].notna()]
+    means = df[phases].fillna(0.0).groupby(df["method"]).mean()  # a phase that a step did not have took no time in it
+    if "seconds_step" in df.columns:
+        means["rest"] = (df.groupby("method")["seconds_step"].mean() - means.sum(axis=1)).clip(lower=0.0)
     methods = methods_of(df)[::-1]
     figure = go.Figure(layout={"template": template(), "title": {"text": title}, "barmode": "stack",
                                "height": 170 + 55 * len(methods), "hovermode": "y unified"})

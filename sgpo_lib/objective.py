@@ -231,7 +231,7 @@ def accumulate_distillation(session: Session, works: Sequence[ProblemWork], prob
     rows: list[Row] = [(w.group.unguided_prompt_ids, o.token_ids) for w, o in chosen]
     guided_rows: list[Row] = [(w.group.guided_prompt_ids, o.token_ids) for w, o in chosen]
     guided = method.distillation in DIVERGENCES
-    for part in session.micro_batches(rows, learns=True, guided=guided):
+    for part in session.micro_batches(guided_rows if guided else rows, learns=True, guided=guided):
         batch = _token_batch(session, rows, part)
         share_B = torch.tensor([w.alpha / problems / len(w.targets) for w, _ in (chosen[i] for i in part)],
                                dtype=torch.float64, device=device)
@@ -257,5 +257,6 @@ def _tokens(rows: Sequence[Row]) -> int:
 def _token_batch(session: Session, rows: Sequence[Row], part: Sequence[int]) -> TokenBatch:
     chosen = [rows[i] for i in part]
     batch = session.policy.token_batch(chosen, session.config.train.layout)
-    session.work.update({"computed": _tokens(chosen), "slots": batch.input_ids_RS.numel()})
+    session.work.update({"computed": batch.tokens, "slots": batch.input_ids_RS.numel(),
+                         "shared": _tokens(chosen) - batch.tokens})
     return batch

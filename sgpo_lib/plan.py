@@ -53,7 +53,7 @@ def reducing(s: Setup) -> int:
 def masked(s: Setup, rows: int) -> bool:
     """Whether attention gets a mask: with padding, or packed. One row alone needs none, nor do flash kernels."""
     train = s.config.train
-    return not s.config.model.attention.startswith("flash") and (rows > 1 or train.layout == "packed")
+    return not s.config.model.attention.startswith("flash") and (rows > 1 or train.layout in ("packed", "shared"))
 
 
 def mask(s: Setup, rows: int, tokens: int) -> int:
@@ -61,7 +61,7 @@ def mask(s: Setup, rows: int, tokens: int) -> int:
     keeps it for the backward pass (counted: `scaled_dot_product_attention`)."""
     if not masked(s, rows):
         return 0
-    return s.size * ((rows * tokens) ** 2 if s.config.train.layout == "packed" else rows * tokens**2)
+    return s.size * ((rows * tokens) ** 2 if s.config.train.layout in ("packed", "shared") else rows * tokens**2)
 
 
 def layer_kept(s: Setup, rows: int, tokens: int) -> int:
@@ -147,7 +147,7 @@ def optimizer_working(s: Setup) -> int:
 
 
 def sampling(s: Setup, count: int, response: int) -> dict[str, int]:
-    """`transformers.generate` of a batch: cache of all its tokens; one layer's cache copied as it grows (cat), and
+    """Sampling of a batch: cache of all its tokens; one layer's cache copied as it grows (cat), and
     repeated to all heads under the padding mask; the prompts' pass; 9 x B V in float32 and the logits
     (transformers_engine.py, when the whole vocabulary is sorted)."""
     rows, shape, e = min(s.config.rollout.rollout_batch, count), s.shape, s.size

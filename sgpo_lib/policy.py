@@ -42,7 +42,12 @@ class Policy:
 
     def response_hidden(self, batch: TokenBatch) -> Float[Tensor, "N H"]:
         """Last hidden state before each response token: the state that predicts it. One row per response token."""
-        states_RSH = self.last_hidden_state(input_ids=batch.input_ids_RS, attention_mask=batch.attention_mask_RS,
+        mask = batch.attention_mask_RS
+        if batch.sees_SS is not None:  # added to scores, as every implementation that takes a whole mask understands it
+            dtype = next(self.model.parameters()).dtype
+            mask = torch.zeros(batch.sees_SS.shape, dtype=dtype, device=self.device)
+            mask = mask.masked_fill_(~batch.sees_SS, -torch.inf)[None, None]  # no row without a token: itself
+        states_RSH = self.last_hidden_state(input_ids=batch.input_ids_RS, attention_mask=mask,
                                             position_ids=batch.position_ids_RS, use_cache=False)
         return states_RSH.flatten(0, 1)[batch.predictor_N]
 
@@ -239,3 +244,19 @@ def _check_head(policy: Policy) -> None:
     if not torch.allclose(logits.flatten(0, 1)[batch.predictor_N], ours, rtol=1e-2, atol=1e-2):
         raise ValueError(f"{type(policy.model).__name__}: logits are not hidden states times the output matrix "
                          "and its soft-capping; this model's token KL would be wrong")
+
+
+@torch.no_grad()
+def require_layout(policy: Policy, layout: str) -> None:
+    """Raises ValueError where sequences in one row (train.layout) would see each other under this model's attention."""
+    rows: list[Row] = [((0, 1), (2, 3)), ((0, 1), (4, 5, 2))]
+    policy.model.eval()
+    alone_NH = torch.cat([policy.response_hidden(policy.token_batch([row])) for row in rows]).float()
+    together_NH = policy.response_hidden(policy.token_batch(rows, layout)).float()
+    policy.model.train()
+    config = policy.model.config.get_text_config()
+    kinds = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention"})
+    if (kinds and layout in ("packed", "shared")) or (together_NH - alone_NH).norm() > 0.05 * alone_NH.norm():
+        raise ValueError(f"train.layout: got {layout!r}, but {type(policy.model).__name__} with attention "
+                         f"{config._attn_implementation!r}{' and ' + ', '.join(kinds) if kinds else ''} does not keep "
+                         "sequences in one row apart. Use layout='right', or another model.attention")

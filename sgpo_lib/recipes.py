@@ -75,7 +75,8 @@ _SMOLLM2: dict[str, Any] = {
     "data.problems": "reasoning-gym:chain_sum", "warmup_share": 0.5,
     "problem_args": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
     "n_train": 320, "n_validation": 16, "n_test": 16,
-    "max_new_tokens": 40, "steps": 10, "problems_per_step": 2, "micro_batch": 8, "rollout_batch": 48,
+    "max_new_tokens": 40, "steps": 10, "problems_per_step": 2, "micro_batch": 8, "layout": "shared",
+    "rollout_batch": 48,
     "lr": 2e-4, "eval_every": 0, "eval_problems": 8, "test_k": 1, "kl_chunk_tokens": 128,
 }
 _PAPER: dict[str, Any] = {

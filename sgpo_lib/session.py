@@ -30,7 +30,8 @@ from sgpo_lib.interrupts import Interrupts
 from sgpo_lib.losses.token_kl import token_logp_and_entropy
 from sgpo_lib.memory_check import require_memory
 from sgpo_lib.parallel import process_group, spread
-from sgpo_lib.policy import Policy, load_policy
+from sgpo_lib.peak_memory import peak_memory, restart_peak
+from sgpo_lib.policy import Policy, load_policy, require_layout
 from sgpo_lib.problems import Splits, load
 from sgpo_lib.prompts import prompt_ids
 from sgpo_lib.records import Problem
@@ -92,6 +93,8 @@ class Session(OpenModel):
     """Ctrl-C waits from the first update of a step to its end."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of the current step by phase."""
+    memory: dict[str, int] | None = None
+    """Peak bytes of the current step by phase (peak_memory.py); None where nobody asks for them."""
     work: collections.Counter = field(default_factory=collections.Counter)
     """Tokens of prompts and responses in the current step's passes: `computed`, `slots` with padding, `skipped`."""
     benchmarks: list[Benchmark] = field(default_factory=list)
@@ -99,12 +102,16 @@ class Session(OpenModel):
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time of a block to `seconds[name]`."""
+        """Add the time of a block to `seconds[name]`; with `memory`, keep the highest peak of its blocks there."""
+        device = self.policy.device
+        measures = self.memory is not None and restart_peak(device)
         start = time.perf_counter()
         yield
-        if self.policy.device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        if measures and self.memory is not None:
+            self.memory[name] = max(self.memory.get(name, 0), peak_memory(device))
 
     def batch_of(self, items: Sequence[Item], step: int) -> list[Item]:
         """The items of a step (from 1): each epoch a new order, drawn from (seed, epoch); no item twice in a batch."""
@@ -126,7 +133,8 @@ class Session(OpenModel):
         The passes that are missing here follow the last one: on one token, with no weight. `learns` says whether the
         caller's have a backward pass, `guided` whether the guided side's states are computed before each.
         """
-        parts = list(micro_batches(rows, self.config.train.micro_batch))
+        train = self.config.train
+        parts = list(micro_batches(rows, train.micro_batch, train.micro_batch_tokens, train.layout))
         missing = self.world.most(len(parts)) - len(parts)  # asked before the passes, which are collectives too
         yield from parts
         for _ in range(missing):
@@ -222,6 +230,7 @@ def open_model(config: RunConfig, policy: Policy | None = None, folder: Path | N
         if config.train.init_from:
             policy.load(final_weights(config.train.init_from, config))
         if world:
+            require_layout(policy, config.train.layout)
             policy = spread(policy, config, world)
     engine = open_engine(config, policy, source, folder, world)
     return OpenModel(config, policy, engine, Verifier(config.reward), splits, world or World())

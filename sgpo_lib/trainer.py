@@ -97,10 +97,11 @@ def _loop(session: Session, on_row: OnRow | None) -> None:
     def log(row: dict[str, Any]) -> None:
         if not world.first:
             return
-        run.log(row)
-        tracker.log(row)
-        if on_row:
-            on_row(row)
+        with session.phase("log"):
+            run.log(row)
+            tracker.log(row)
+            if on_row:
+                on_row(row)
 
     def validate(step: int) -> None:
         if supervised:
@@ -127,13 +128,17 @@ def _loop(session: Session, on_row: OnRow | None) -> None:
         complete(session.step)
         for step in range(session.step + 1, session.total_steps + 1):
             started, cpu = time.perf_counter(), time.process_time()
-            session.seconds, session.work = {}, collections.Counter()
+            logged = session.seconds.get("log", 0.0)  # of the rows since the last step: a row cannot tell its own
+            session.seconds, session.work = {"log": logged}, collections.Counter()
+            session.memory = {} if session.policy.device.type == "cuda" else None
             torch.manual_seed(sample_seed(config.seed, "dropout", step, world.rank))  # else nothing draws from torch's
             metrics = supervised_step(session, step, rows) if supervised else sgpo_step(session, step)
             seconds = {f"seconds_{k}": v for k, v in session.seconds.items()}
+            memory = {f"memory_{k}": v for k, v in (session.memory or {}).items()}
+            session.seconds = {}
             spent = sum(world.woven([time.process_time() - cpu]))
             log({"kind": "supervised" if supervised else "train", "step": step, **metrics, **seconds,
-                 "seconds_step": time.perf_counter() - started, "cpu_seconds": spent})
+                 **memory, "seconds_step": time.perf_counter() - started + logged, "cpu_seconds": spent})
             session.step = step
             session.interrupts.release()
             complete(step)

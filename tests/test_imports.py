@@ -32,7 +32,7 @@ ORDER = [
     "widgets.run_monitor.curves", "widgets.run_monitor.following", "widgets.run_monitor.*", "widgets.run_monitor",
     "widgets.token_kl.metrics", "widgets.token_kl.ramps", "widgets.token_kl.panes", "widgets.token_kl.payload",
     "widgets.token_kl.static", "widgets.token_kl.page", "widgets.token_kl", "microscope",
-    "guided_side", "interrupts", "parallel", "training_state", "session", "policy_sources", "supervised",
+    "guided_side", "interrupts", "parallel", "peak_memory", "training_state", "session", "policy_sources", "supervised",
     "tracking", "objective", "step_metrics", "ray_driver", "distributed", "trainer",
     "frames", "figures", "token_statistics", "token_figures", "static_marks", "static_axes", "static_images",
     "comparison", "study", "claims", "study_figures", "exports",
@@ -40,7 +40,7 @@ ORDER = [
     "endings", "execution", "launch",
     "resources", "batch_spec", "executors", "executors.interface", "executors.attempts", "executors.child",
     "executors.allocation", "executors.*", "batch", "status", "export",
-    "plan_command", "cli",
+    "plan_command", "profiling", "profile_run", "profile_command", "cli",
 ]  # fmt: skip
 """Each module imports only from those above it. `x.*` are the remaining modules of package x, which do not import
 each other. The package itself (`sgpo_lib/__init__.py`) is above all."""

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from sgpo_lib.policy import Policy
 from sgpo_lib.prompts import expert_text, prompt_ids, response_ids
 from sgpo_lib.recipes import from_parameters
 from sgpo_lib.records import Verdict
+from sgpo_lib.rollouts import transformers_engine
 from sgpo_lib.rollouts.groups import judge_groups, rollout_rows, sample_groups
 from sgpo_lib.rollouts.interface import SampleRequest, sample_seed
 from sgpo_lib.rollouts.transformers_engine import TransformersEngine
@@ -100,6 +102,48 @@ def test_the_end_token_belongs_to_the_response_and_nothing_after_it(policy):
         assert len(sample.logp) == len(sample.token_ids)
         assert (sample.token_ids[-1] in stops) == (sample.stop == "end")
         assert not stops & set(sample.token_ids[:-1])
+
+
+@pytest.mark.parametrize("leave", [0.0, 0.25, 2.0])
+def test_greedy_responses_are_those_of_generate(leave, monkeypatch):
+    """Against transformers' own loop, one prompt at a time, whenever finished responses leave the batch."""
+    monkeypatch.setattr(transformers_engine, "_LEAVE", leave)
+    tokenizer = tiny.build_tokenizer()
+    policy = Policy(tiny.build_model(tokenizer, 1), tokenizer, torch.device("cpu"), lora=False, context=512)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():  # as it is made it says the same token for ever
+            parameter.mul_(6 if parameter.dim() > 1 else 1)
+    wanted = [*requests(policy, 9), *requests(policy, 3)]
+    with torch.no_grad():
+        own = [policy.model.generate(torch.tensor([r.prompt_ids]), do_sample=False, max_new_tokens=16,
+                                     eos_token_id=None)[0, len(r.prompt_ids) :].tolist() for r in wanted]
+    # what ends a response is the token that gives them most different lengths
+    often = max({t for o in own for t in o}, key=lambda t: len({o.index(t) for o in own if t in o}))
+    monkeypatch.setattr(Policy, "stop_ids", lambda self: [often])
+    samples = TransformersEngine(policy, 64).sample(wanted, temperature=0.0, top_p=1.0, max_new_tokens=16)
+    expected = [o[: o.index(often) + 1] if often in o else o for o in own]
+    assert [list(s.token_ids) for s in samples] == expected and len({len(e) for e in expected}) > 2
+    assert [s.stop for s in samples] == ["end" if often in o else "length" for o in own]
+
+
+def test_the_whole_distribution_needs_no_sorted_vocabulary(monkeypatch):
+    """With top_p = 1 the token of a draw is the same whether the head or everything is sorted."""
+    logits = 2 * torch.randn(50, 4000, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    found = transformers_engine.draw(logits, uniform, 0.7, 1.0)
+    monkeypatch.setattr(transformers_engine, "_HEAD", 4000)
+    whole = transformers_engine.draw(logits, uniform, 0.7, 1.0)
+    assert torch.equal(found[0], whole[0])
+    probability, order = torch.softmax(logits.double() / 0.7, -1).sort(descending=True)
+    naive = [int(order[i, int((probability[i].cumsum(0) <= uniform[i]).sum())]) for i in range(50)]
+    assert found[0].tolist() == naive
+    torch.testing.assert_close(found[1], torch.log_softmax(logits, -1)[torch.arange(50), found[0]])
+
+
+def test_a_model_without_a_cache_is_refused(policy, monkeypatch):
+    monkeypatch.setattr(policy.model, "forward", lambda **kw: SimpleNamespace(logits=torch.zeros(1, 1, 9)))
+    with pytest.raises(ValueError, match=r"Qwen.*keeps no cache of keys and values.*rollout.sampler=vllm"):
+        TransformersEngine(policy, 8).sample(requests(policy, 1), temperature=1.0, top_p=1.0, max_new_tokens=2)
 
 
 def test_a_prompt_without_room_is_refused(policy):

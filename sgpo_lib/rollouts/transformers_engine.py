@@ -1,58 +1,51 @@
-"""Sampling with `transformers.generate`: batched, left-padded, one seed per sample.
+"""Sampling with the model that trains: prompts computed once, one seed per sample, finished responses leave the batch.
 
-`generate` draws from torch's global generator, so that a response would depend on its neighbours in the batch.
-Here a logits processor draws instead: each sample has its own stream of uniform numbers, the token is read off the
-cumulative nucleus distribution, and `generate` takes it greedily.
+Each sample has its own stream of uniform numbers, and its token is read off the cumulative nucleus distribution, so
+that a response does not depend on its neighbours. Prompts that several responses share are read once and their keys and
+values copied, which is what `transformers.generate` leaves out, and why the loop is written here.
 
-Shape suffixes: B sequences, V vocabulary, K its most likely tokens.
+Shape suffixes: B sequences, P distinct prompts, S cached positions, V vocabulary, K its most likely tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from sgpo_lib.policy import Policy
 from sgpo_lib.rollouts.interface import Sample, SampleRequest, require_room
 
 _HEAD = 1024
 """Most likely tokens looked at before the whole vocabulary is sorted."""
-
-
 _COLDEST = 1e-6
 """Temperature that stands for 0, the most likely token."""
+_LEAVE = 0.25
+"""Share of the batch that has to be finished before the rest moves on without it: a copy of the cache each time."""
 
 
-class _SeededNucleus(LogitsProcessor):
-    """Temperature, top-p and the draw itself; records the log-probability of what was drawn."""
+def draw(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """(token, its log-probability at temperature 1, untruncated) of each row, [B] each.
 
-    def __init__(self, seeds: Sequence[int], steps: int, temperature: float, top_p: float):
-        generator = torch.Generator()
-        streams = [torch.rand(steps, generator=generator.manual_seed(seed), dtype=torch.float64) for seed in seeds]
-        self.uniform_BT = torch.stack(streams)
-        self.temperature, self.top_p, self.step = max(temperature, _COLDEST), top_p, 0
-        self.logp: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logits_BV = scores.float()
-        probability_BV = torch.softmax(logits_BV / self.temperature, dim=-1)
-        # a full sort of a large vocabulary costs more than the model's output layer; the head nearly always suffices
-        kept_BK, order_BK = probability_BV.topk(min(_HEAD, probability_BV.shape[-1]), dim=-1)
-        if kept_BK.shape[-1] < probability_BV.shape[-1] and bool((kept_BK.double().sum(-1) < self.top_p).any()):
-            kept_BK, order_BK = probability_BV.sort(dim=-1, descending=True)
-        cumulative_BK = kept_BK.double().cumsum(dim=-1)
-        # the nucleus: the smallest set of most likely tokens whose mass reaches top_p
-        last = cumulative_BK.shape[-1] - 1
-        mass_B1 = cumulative_BK.gather(-1, (cumulative_BK < self.top_p).sum(-1, keepdim=True).clamp(max=last))
-        draw_B1 = self.uniform_BT[:, self.step, None].to(scores.device) * mass_B1
-        rank_B1 = (cumulative_BK <= draw_B1).sum(-1, keepdim=True).clamp(max=last)
-        token_B1 = order_BK.gather(-1, rank_B1)
-        self.logp.append(torch.log_softmax(logits_BV, dim=-1).gather(-1, token_B1)[:, 0])
-        self.step += 1
-        return torch.full_like(scores, float("-inf")).scatter(-1, token_B1, 0.0)
+    `uniform_B` in [0, 1) picks from the nucleus: the smallest set of most likely tokens whose mass reaches `top_p`.
+    """
+    logp_BV = torch.log_softmax(logits_BV.float(), dim=-1)
+    probability_BV = logp_BV.exp() if temperature == 1 else torch.softmax(
+        logits_BV.float() / max(temperature, _COLDEST), dim=-1)
+    # a full sort of a large vocabulary costs more than the model's output layer; the head nearly always suffices
+    kept_BK, order_BK = probability_BV.topk(min(_HEAD, probability_BV.shape[-1]), dim=-1)
+    wanted_B = top_p if top_p < 1 else uniform_B  # the whole mass is 1: what lies beyond the draw does not matter
+    if kept_BK.shape[-1] < probability_BV.shape[-1] and bool((kept_BK.double().sum(-1) <= wanted_B).any()):
+        kept_BK, order_BK = probability_BV.sort(dim=-1, descending=True)
+    cumulative_BK = kept_BK.double().cumsum(dim=-1)
+    last = cumulative_BK.shape[-1] - 1
+    mass_B1 = torch.ones_like(uniform_B)[:, None] if top_p >= 1 else cumulative_BK.gather(
+        -1, (cumulative_BK < top_p).sum(-1, keepdim=True).clamp(max=last))
+    rank_B1 = (cumulative_BK <= uniform_B[:, None] * mass_B1).sum(-1, keepdim=True).clamp(max=last)
+    token_B1 = order_BK.gather(-1, rank_B1)
+    return token_B1[:, 0], logp_BV.gather(-1, token_B1)[:, 0]
 
 
 class TransformersEngine:
@@ -96,24 +89,59 @@ class TransformersEngine:
 
     def _generate(self, requests: Sequence[SampleRequest], temperature: float, top_p: float,
                   max_new_tokens: int) -> list[Sample]:
-        policy, pad = self.policy, self.policy.pad_id()
-        width = max(len(r.prompt_ids) for r in requests)
-        ids = torch.tensor([[pad] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests])
-        mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
-        draw = _SeededNucleus([r.seed for r in requests], max_new_tokens, temperature, top_p)
-        stops = policy.stop_ids()
-        settings = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad,
-                                    eos_token_id=stops, use_cache=True)
-        # synced_gpus: for sharded models `generate` would wait for the other workers after each token; here they hold
-        # whole weights, and sample other numbers of batches
-        output = policy.model.generate(input_ids=ids.to(policy.device), attention_mask=mask.to(policy.device),
-                                       generation_config=settings, logits_processor=LogitsProcessorList([draw]),
-                                       synced_gpus=False)
-        tokens_BT = output[:, width:].tolist()
-        logp_BT = torch.stack(draw.logp, dim=1).tolist()
-        samples = []
-        for tokens, logp in zip(tokens_BT, logp_BT, strict=True):
-            end = next((i for i, token in enumerate(tokens) if token in stops), None)
-            used = len(tokens) if end is None else end + 1
-            samples.append(Sample(tuple(tokens[:used]), tuple(logp[:used]), "length" if end is None else "end"))
-        return samples
+        device, generator = self.policy.device, torch.Generator()
+        uniform_BT = torch.stack([torch.rand(max_new_tokens, generator=generator.manual_seed(r.seed),
+                                             dtype=torch.float64) for r in requests]).to(device)
+        stop_ids = torch.tensor(self.policy.stop_ids(), device=device)
+        cache, logits_BV, mask_BS = self._read([r.prompt_ids for r in requests])
+        row_B = torch.arange(len(requests), device=device)  # which response each row of the batch is
+        going_B = torch.ones_like(row_B, dtype=torch.bool)
+        drawn: list[tuple[Tensor, Tensor, Tensor]] = []  # of each step: rows, tokens, log-probabilities
+        for step in range(max_new_tokens):
+            token_B, logp_B = draw(logits_BV, uniform_BT[row_B, step], temperature, top_p)
+            drawn.append((row_B[going_B], token_B[going_B], logp_B[going_B]))
+            going_B = going_B & ~torch.isin(token_B, stop_ids)
+            left = int(going_B.sum())
+            if not left or step + 1 == max_new_tokens:
+                break
+            if len(row_B) - left >= _LEAVE * len(row_B):
+                cache.batch_select_indices(going_B.nonzero()[:, 0])
+                row_B, token_B, mask_BS = row_B[going_B], token_B[going_B], mask_BS[going_B]
+                going_B = torch.ones_like(row_B, dtype=torch.bool)
+            mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(row_B), 1)], dim=1)
+            logits_BV = self._forward(token_B[:, None], mask_BS, cache).logits[:, -1]
+        return self._samples(requests, drawn, set(stop_ids.tolist()))
+
+    def _read(self, prompts: Sequence[tuple[int, ...]]) -> tuple[Any, Tensor, Tensor]:
+        """(cache, logits after the prompt [B, V], mask [B, S]): each distinct prompt is read once.
+
+        Raises ValueError for a model that keeps no keys and values.
+        """
+        place: dict[tuple[int, ...], int] = {}
+        place_B = torch.tensor([place.setdefault(p, len(place)) for p in prompts], device=self.policy.device)
+        width, pad = max(len(p) for p in place), self.policy.pad_id()
+        ids_PS = torch.tensor([[pad] * (width - len(p)) + list(p) for p in place], device=self.policy.device)
+        mask_PS = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in place], device=self.policy.device)
+        output = self._forward(ids_PS, mask_PS, None)
+        cache: Any = getattr(output, "past_key_values", None)
+        if not hasattr(cache, "batch_select_indices"):
+            raise ValueError(f"model.source: {type(self.policy.model).__name__} keeps no cache of keys and values, "
+                             "without which every token would read its whole prompt again. Use rollout.sampler=vllm")
+        cache.batch_select_indices(place_B)
+        return cache, output.logits[place_B, -1], mask_PS[place_B]
+
+    def _forward(self, ids_BT: Tensor, mask_BS: Tensor, cache: Any) -> Any:
+        position_BS = (mask_BS.cumsum(-1) - 1).clamp(min=0)
+        return self.policy.model(input_ids=ids_BT, attention_mask=mask_BS, past_key_values=cache, use_cache=True,
+                                 position_ids=position_BS[:, -ids_BT.shape[1] :], logits_to_keep=1)
+
+    def _samples(self, requests: Sequence[SampleRequest], drawn: Sequence[tuple[Tensor, Tensor, Tensor]],
+                 stops: set[int]) -> list[Sample]:
+        tokens: list[list[int]] = [[] for _ in requests]
+        logps: list[list[float]] = [[] for _ in requests]
+        for rows, token, logp in ((a.tolist(), b.tolist(), c.tolist()) for a, b, c in drawn):
+            for i, t, x in zip(rows, token, logp, strict=True):
+                tokens[i].append(t)
+                logps[i].append(x)
+        return [Sample(tuple(t), tuple(x), "end" if t[-1] in stops else "length")
+                for t, x in zip(tokens, logps, strict=True)]

@@ -1,0 +1,126 @@
+"""Tokens per second of the engines against transformers' own `generate`.
+
+Sections of `run.py`; run by itself, this file is one contender (measure.py). All draw from the same distribution
+(temperature 1, top-p 0.95, no top-k) and all responses have the same length, since no end token stops them. The
+engines also give the log-probability of every token, and a random stream per response, which plain `generate` does not.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import measure
+from grpo_step import NO_TOKEN, TEMPERATURE, TOP_P, fresh_model, without_end
+from measure import VLLM_PYTHON, Side, row
+
+SETTINGS: dict[str, Any] = {"temperature": TEMPERATURE, "top_p": TOP_P}
+
+
+def prepare(case: dict[str, Any], folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+    """A contender's passes: `side` is engine, generate or vllm."""
+    import torch
+
+    from sgpo_lib.bases import base_source
+    from sgpo_lib.config import DataConfig, ModelConfig
+    from sgpo_lib.policy import load_policy
+    from sgpo_lib.problems import load
+    from sgpo_lib.prompts import prompt_ids
+    from sgpo_lib.rollouts.interface import SampleRequest
+
+    torch.set_num_threads(case["threads"])
+    source = fresh_model(folder) if case["smoke"] else "smollm2"
+    model = ModelConfig(source=source, dtype=case["dtype"], device="cpu", context=512)
+    source = base_source(model)
+    policy = load_policy(model, source, seed=0)
+    problems = load(DataConfig(problems="testbed" if case["smoke"] else "collection", n_train=case["prompts"],
+                               n_validation=0, n_test=0)).train
+    prompts = [prompt_ids(policy.tokenizer, problem, guided=False) for problem in problems]
+    requests = [SampleRequest(ids, i) for i, ids in enumerate(prompts * (case["batch"] // case["prompts"]))]
+    without_end(policy)
+    if case["side"] == "generate":
+        return {"pass": _generate(case, policy, requests)}
+    if case["side"] == "engine":
+        from sgpo_lib.rollouts.transformers_engine import TransformersEngine
+
+        engine: Any = TransformersEngine(policy, case["batch"])
+    else:
+        from sgpo_lib.rollouts.vllm_engine import VLLMEngine, cpu_arguments
+
+        engine = VLLMEngine(source, dtype=case["dtype"], max_model_len=512, max_num_seqs=case["batch"],
+                            **cpu_arguments(0.5))
+
+    def sample() -> dict[str, Any]:
+        samples = engine.sample(requests, max_new_tokens=case["tokens"], **SETTINGS)
+        return {"tokens": sum(len(sample.token_ids) for sample in samples)}
+
+    return {"pass": sample}
+
+
+def _generate(case: dict[str, Any], policy: Any, requests: list[Any]) -> Callable[[], dict[str, Any]]:
+    """Plain `generate` with sampling, on the same left-padded batch."""
+    import torch
+    from transformers import GenerationConfig
+
+    width, pad = max(len(r.prompt_ids) for r in requests), policy.pad_id()
+    ids = torch.tensor([[pad] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in requests])
+    mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests])
+    settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=case["tokens"], pad_token_id=pad,
+                                eos_token_id=NO_TOKEN, use_cache=True, **SETTINGS)
+    policy.model.eval()
+
+    @torch.no_grad()
+    def generate() -> dict[str, Any]:
+        output = policy.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        return {"tokens": output[:, width:].numel()}
+
+    return generate
+
+
+def contend(case: dict[str, Any]) -> None:
+    """Be the side that the case names."""
+    with tempfile.TemporaryDirectory() as folder:
+        measure.serve(prepare(case, Path(folder)))
+
+
+def rollouts(smoke: bool, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """12 responses of 64 tokens in one batch: by weights' type and number of threads."""
+    rows, found = [], {}
+    case = {"smoke": smoke, "batch": 12, "prompts": 4, "tokens": 4 if smoke else 64}
+    counts = sorted({1, measure.threads()})[: 1 if smoke else 2]
+    for dtype in ("float32",) if smoke else ("float32", "bfloat16"):
+        for count in counts:
+            what = f"rollouts, 12 x {case['tokens']} tokens, {dtype}, {count} thread{'s' * (count > 1)}"
+            sides = {who: _side(case, who, dtype, count) for who in ("engine", "generate")}
+            if VLLM_PYTHON.exists() and not smoke:
+                sides["vllm"] = _side(case, "vllm", dtype, count)
+            here = found[what] = measure.race(sides, repeats)
+            for side in here.values():
+                if "seconds" in side:
+                    side["tokens_per_second"] = side["tokens"] / side["seconds"]
+            # seconds per 1,000 tokens, so that less is better in every line of the table
+            each = {name: 1000 * side["seconds"] / side["tokens"] for name, side in here.items() if "seconds" in side}
+            speed = {name: f"{side['tokens_per_second']:,.0f}" for name, side in here.items() if "seconds" in side}
+            rows.append(row(f"{what}: time per 1,000", "s", each["engine"], "generate", each["generate"],
+                            note=f"{speed['engine']} and {speed['generate']} tokens/s"))
+            reason = here.get("vllm", {}).get("failed", "no vLLM here" if not smoke else "smoke")
+            note = f"{speed['vllm']} tokens/s" if "vllm" in each else reason
+            rows.append(row(f"{what}, vLLM: time per 1,000", "s", each.get("vllm"), "generate", each["generate"],
+                            note=note))
+    return rows, found
+
+
+def _side(case: dict[str, Any], who: str, dtype: str, count: int) -> Side:
+    case = case | {"side": who, "dtype": dtype}
+    if who != "vllm":
+        return Side("rollouts.py", case, threads=count)
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:count])
+    return Side("rollouts.py", case, threads=count, python=str(VLLM_PYTHON), optional=True,
+                environment={"VLLM_CPU_OMP_THREADS_BIND": cores})
+
+
+if __name__ == "__main__":
+    contend(measure.case())
