@@ -61,19 +61,21 @@ def fresh_model(folder: Path) -> str:
     return str(folder / "base")
 
 
-def without_end(policy: Any) -> None:
-    """Responses go on to the last token that may be sampled, in vLLM too."""
+def without_end(policy: Any, *, vllm: bool) -> None:
+    """Responses go on to the last token that may be sampled, in this process's vLLM too."""
     policy.stop_ids = lambda: [NO_TOKEN]
-    try:
-        import vllm
-    except ImportError:
+    if not vllm:
         return
-    given = vllm.SamplingParams
+    from vllm import LLM
 
-    def endless(**fields: Any) -> Any:
-        return given(**fields | {"ignore_eos": True, "stop_token_ids": []})
+    generate = LLM.generate
 
-    vllm.SamplingParams = endless
+    def endless(self: Any, prompts: Any, settings: Any, **named: Any) -> Any:
+        for one in settings:
+            one.ignore_eos, one.stop_token_ids = True, []
+        return generate(self, prompts, settings, **named)
+
+    LLM.generate = endless
 
 
 # --------------------------------------------------------------------------------------------------- one contender
@@ -89,7 +91,7 @@ def ours(case: dict[str, Any], folder: Path) -> None:
     config = configuration(case, folder)
     count = case["problems"] * (config.method.g1 + config.method.g2) * case["tokens"]
     with open_session(config, open_run(config, folder), World()) as session:
-        without_end(session.policy)
+        without_end(session.policy, vllm=config.rollout.sampler == "vllm")
         session.verifier.judge([(session.splits.train[0], "")] * 2)  # its process starts before the clock does
 
         def step() -> dict[str, Any]:
@@ -176,8 +178,7 @@ def contend(case: dict[str, Any]) -> None:
 
 
 def _side(case: dict[str, Any], who: str, method: str, g1: int, **more: Any) -> Side:
-    sampler = {"sampler": "vllm"} if more.get("python") else {}
-    return Side("grpo_step.py", {**case, "side": who, "method": method, "g1": g1, **sampler}, **more)
+    return Side("grpo_step.py", {**case, "side": who, "method": method, "g1": g1}, **more)
 
 
 def _case(smoke: bool) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def grpo_step(smoke: bool, repeats: int) -> tuple[list[dict[str, Any]], dict[str
     case = _case(smoke)
     sides = {"ours": _side(case, "ours", "grpo8", 8), "trl": _side(case, "trl", "grpo8", 8)}
     if VLLM_PYTHON.exists() and not smoke:
-        sides["vllm"] = _side(case, "ours", "grpo8", 8, python=str(VLLM_PYTHON), optional=True)
+        sides["vllm"] = _side(case | {"sampler": "vllm"}, "ours", "grpo8", 8, **measure.WITH_VLLM)
     found = measure.race(sides, repeats)
     mine, peer = found["ours"], found["trl"]
     for side in found.values():

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,12 @@ class Side:
     python: str = sys.executable
     environment: dict[str, str] = field(default_factory=dict)
     optional: bool = False
-    """Where it cannot start, the comparison goes on without it."""
+    """Where it fails, the comparison goes on without it."""
+
+
+WITH_VLLM: dict[str, Any] = {"python": str(VLLM_PYTHON), "optional": True,
+                             "environment": {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}}
+"""Fields of a side that runs in the environment with vLLM."""
 
 
 class Contender:
@@ -147,21 +152,37 @@ class Contender:
         return json.loads(line)
 
 
-@contextlib.contextmanager
-def running(sides: dict[str, Side]) -> Iterator[tuple[dict[str, Contender], dict[str, Found]]]:
-    """All sides, started and ready; and the optional ones that could not start, with the last line of their log."""
-    failed: dict[str, Found] = {}
-    with contextlib.ExitStack() as stack:
-        started = {name: stack.enter_context(Contender(side)) for name, side in sides.items()}
-        for name, contender in list(started.items()):
+class Race:
+    """Sides that are started together. Use it in a `with` block. An optional one that fails is out, with its reason."""
+
+    def __init__(self, sides: dict[str, Side]):
+        self.sides, self.failed = sides, dict[str, Found]()
+
+    def __enter__(self) -> Race:
+        self._stack = contextlib.ExitStack()
+        self.running = {name: self._stack.enter_context(Contender(side)) for name, side in self.sides.items()}
+        try:
+            self.turn()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stack.close()
+
+    def turn(self, command: str = "") -> dict[str, dict[str, Any]]:
+        """Every side's answer to a command, one after the other; without one, that it is ready."""
+        answers = {}
+        for name, contender in list(self.running.items()):
             try:
-                contender.ask()
+                answers[name] = contender.ask(command)
             except RuntimeError as error:
                 if not contender.side.optional:
                     raise
-                failed[name] = {"failed": str(error).strip().splitlines()[-1][:200]}
-                del started[name]
-        yield started, failed
+                del self.running[name]
+                self.failed[name] = {"failed": str(error).strip().splitlines()[-1][:200]}
+        return answers
 
 
 def race(sides: dict[str, Side], repeats: int, *, also: dict[str, str] | None = None) -> dict[str, Found]:
@@ -169,15 +190,16 @@ def race(sides: dict[str, Side], repeats: int, *, also: dict[str, str] | None = 
 
     `also`: side -> a further command for the end, whose answer is kept under its name.
     """
-    with running(sides) as (started, failed):
-        first = {name: contender.ask("pass") for name, contender in started.items()}
-        rounds = [{name: contender.ask("pass") for name, contender in started.items()} for _ in range(repeats)]
-        last = {name: {command: started[name].ask(command)} for name, command in (also or {}).items()}
+    with Race(sides) as started:
+        first = started.turn("pass")
+        rounds = [started.turn("pass") for _ in range(repeats)]
+        last = {name: {command: started.running[name].ask(command)} for name, command in (also or {}).items()}
+        failed = started.failed
     found: dict[str, Found] = {}
-    for name, told in first.items():
+    for name in started.running:
         passes = [answers[name] for answers in rounds]
         found[name] = {key: statistics.median(p[key] for p in passes) for key in passes[0]}
-        found[name] |= {"extra_MB": told["extra_MB"], "peak_MB": told["peak_MB"],
+        found[name] |= {"extra_MB": first[name]["extra_MB"], "peak_MB": first[name]["peak_MB"],
                         "all_seconds": [round(p["seconds"], 4) for p in passes]} | last.get(name, {})
     return found | failed
 

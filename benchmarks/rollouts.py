@@ -40,7 +40,7 @@ def prepare(case: dict[str, Any], folder: Path) -> dict[str, Callable[[], dict[s
                                n_validation=0, n_test=0)).train
     prompts = [prompt_ids(policy.tokenizer, problem, guided=False) for problem in problems]
     requests = [SampleRequest(ids, i) for i, ids in enumerate(prompts * (case["batch"] // case["prompts"]))]
-    without_end(policy)
+    without_end(policy, vllm=case["side"] == "vllm")
     if case["side"] == "generate":
         return {"pass": _generate(case, policy, requests)}
     if case["side"] == "engine":
@@ -118,8 +118,8 @@ def _side(case: dict[str, Any], who: str, dtype: str, count: int) -> Side:
     if who != "vllm":
         return Side("rollouts.py", case, threads=count)
     cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:count])
-    return Side("rollouts.py", case, threads=count, python=str(VLLM_PYTHON), optional=True,
-                environment={"VLLM_CPU_OMP_THREADS_BIND": cores})
+    environment = measure.WITH_VLLM["environment"] | {"VLLM_CPU_OMP_THREADS_BIND": cores}
+    return Side("rollouts.py", case, threads=count, **measure.WITH_VLLM | {"environment": environment})
 
 
 if __name__ == "__main__":

@@ -174,8 +174,8 @@ def large(smoke: bool, repeats: int) -> tuple[list[dict[str, Any]], dict[str, An
     """A long response with a large vocabulary, once: how much memory a forward and backward pass takes."""
     shape = {"tokens": 256, "vocabulary": 4096, "hidden": 32} if smoke else \
         {"tokens": 16_384, "vocabulary": 151_936, "hidden": 896}  # fmt: skip
-    with measure.running({"ours": _side(shape, "ours", 32 if smoke else 256)}) as (started, _):
-        found = started["ours"].ask("pass")
+    with measure.Race({"ours": _side(shape, "ours", 32 if smoke else 256)}) as started:
+        found = started.turn("pass")["ours"]
     logits = shape["tokens"] * shape["vocabulary"] * 4 / 1e6
     rows = [bound(f"token KL, {shape['tokens']:,} x {shape['vocabulary']:,}: peak extra memory", "MB",
                   found["extra_MB"], 2000),

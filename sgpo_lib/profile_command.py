@@ -61,11 +61,10 @@ def find_run(name: str) -> Run:
 def _of_profile(arguments: argparse.Namespace, given: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     from sgpo_lib.profile_run import profile
 
-    if own := sorted({"profile", "method", "steps"} & set(given)):
-        instead = "its first argument" if own[0] == "profile" else f"--{own[0]}"
+    if own := sorted({"profile", "method", "steps", "train.steps"} & set(given)):
+        instead = "its first argument" if own[0] == "profile" else f"--{own[0].rpartition('.')[2]}"
         raise ValueError(f"-p {own[0]}=...: `sgpo profile` takes {instead}")
     fields = dict(given.get("overrides") or {}) | {n: v for n, v in given.items() if n not in NOTEBOOK_FIELDS}
-    fields.pop("train.steps", None)  # --steps decides
     config = from_parameters(arguments.what, arguments.method or "sgpo", fields.pop("seed", 0), **fields)
     steps, machine, told = profile(config, arguments.steps or STEPS, say)
     found = summary(config, steps, machine)
@@ -197,7 +196,7 @@ def _seconds(value: float | None, digits: int) -> str:
     """`-` where there are none; what would be shown as 0 with one digit."""
     if value is None:
         return "-"
-    return f"{value:,.{digits}f}" if value >= 0.5 * 10**-digits else f"{value:.0e}"
+    return f"{value:,.{digits}f}" if value >= 0.5 * 10**-digits else f"{value:.1g}"
 
 
 def _gib(size: int | None) -> str:

@@ -29,6 +29,8 @@ SMALL_MODEL = 10**7
 """Parameters below which one thread is best."""
 MUCH_PADDING, MUCH_VERIFYING = 0.3, 0.2
 """Shares of the tokens, and of the step, above which something is said about it."""
+BUSY = 0.7
+"""CPU seconds that each thread gets a second, below which the same is done."""
 
 
 @dataclass(frozen=True)
@@ -239,9 +241,12 @@ def advice(config: RunConfig, found: Mapping[str, Any], device: str, threads: in
     if threads > 1 and device == "cpu" and 0 < size < SMALL_MODEL:
         lines.append(f"{threads} threads for a model of {size / 1e6:.2g}M parameters, where they wait for one another. "
                      "Cure: torch_threads=1")
+    elif threads > 1 and device == "cpu" and 0 < (found["cpu_per_second"] or 0.0) < BUSY * threads:
+        lines.append(f"{threads} threads got {found['cpu_per_second']:.2f} CPU seconds a second: they wait, for one "
+                     "another or for other programs. Cure: fewer torch_threads, or fewer programs beside this one")
     if (found["padding_share"] or 0) > MUCH_PADDING:
-        lines.append(f"{found['padding_share']:.0%} of the tokens in passes are padding. Cure: a smaller micro_batch or "
-                     "micro_batch_tokens (rows are sorted by length), or layout=packed")
+        lines.append(f"{found['padding_share']:.0%} of the places in passes are padding. Cure: a smaller micro_batch "
+                     "or micro_batch_tokens (rows are sorted by length), or layout=packed")
     if device == "cuda" and config.model.dtype == "float32" and not config.model.compute_dtype:
         lines.append("float32 on a GPU, without its tensor cores. Cure: compute_dtype=bfloat16, or with an adapter "
                      "model.dtype=bfloat16")
