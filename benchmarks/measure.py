@@ -236,7 +236,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [r["what"], f"{shown(r['ours'])} {unit}" if r["ours"] is not None else "not measured", peer.strip(),
                  f"{r['ratio']:.3f}" if r["ratio"] is not None else "", target, "; ".join(x for x in (held, r["note"])
                                                                                          if x)]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,7 @@ engines also give the log-probability of every token, and a random stream per re
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -20,8 +21,8 @@ from measure import VLLM_PYTHON, Side, row
 SETTINGS: dict[str, Any] = {"temperature": TEMPERATURE, "top_p": TOP_P}
 
 
-def prepare(case: dict[str, Any], folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
-    """A contender's passes: `side` is engine, generate or vllm."""
+def prepare(case: dict[str, Any], stack: contextlib.ExitStack) -> dict[str, Callable[[], dict[str, Any]]]:
+    """A contender's passes: `side` is engine, generate or vllm. What is to be closed goes on the stack."""
     import torch
 
     from sgpo_lib.bases import base_source
@@ -32,7 +33,7 @@ def prepare(case: dict[str, Any], folder: Path) -> dict[str, Callable[[], dict[s
     from sgpo_lib.rollouts.interface import SampleRequest
 
     torch.set_num_threads(case["threads"])
-    source = fresh_model(folder) if case["smoke"] else "smollm2"
+    source = fresh_model(Path(stack.enter_context(tempfile.TemporaryDirectory()))) if case["smoke"] else "smollm2"
     model = ModelConfig(source=source, dtype=case["dtype"], device="cpu", context=512)
     source = base_source(model)
     policy = load_policy(model, source, seed=0)
@@ -52,9 +53,12 @@ def prepare(case: dict[str, Any], folder: Path) -> dict[str, Callable[[], dict[s
 
         engine = VLLMEngine(source, dtype=case["dtype"], max_model_len=512, max_num_seqs=case["batch"],
                             **cpu_arguments(0.5))
+        stack.callback(engine.close)
 
     def sample() -> dict[str, Any]:
         samples = engine.sample(requests, max_new_tokens=case["tokens"], **SETTINGS)
+        if case["side"] == "vllm":
+            engine.llm.reset_prefix_cache()  # each pass computes its prompts, once per text
         return {"tokens": sum(len(sample.token_ids) for sample in samples)}
 
     return {"pass": sample}
@@ -82,8 +86,8 @@ def _generate(case: dict[str, Any], policy: Any, requests: list[Any]) -> Callabl
 
 def contend(case: dict[str, Any]) -> None:
     """Be the side that the case names."""
-    with tempfile.TemporaryDirectory() as folder:
-        measure.serve(prepare(case, Path(folder)))
+    with contextlib.ExitStack() as stack:
+        measure.serve(prepare(case, stack))
 
 
 def rollouts(smoke: bool, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:

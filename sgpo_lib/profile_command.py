@@ -118,7 +118,8 @@ def _show(found: Mapping[str, Any]) -> None:
     from rich.console import Console
 
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH, color_system=None)
-    for part in (_table(found), _numbers(found), *(f"Slow: {line}." for line in found["advice"]), "", _basis(found)):
+    slow = [f"Slow: {line}." for line in found["advice"]]
+    for part in (_table(found), _numbers(found), *slow, *[""] * bool(slow), _basis(found)):
         console.print(part, markup=False, highlight=False)
 
 

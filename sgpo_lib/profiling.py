@@ -184,9 +184,12 @@ def _estimate(step: Step, config: RunConfig) -> None:
     step.draws = [Draw(0, 0, 0, round(fed), round(fed * (fed / count + 1) / 2), math.ceil(fed / count))]
     if method.expert == "none" and method.policy_gradient:
         taught = 1.0 if method.entropy_coefficient else 1 - row.get("zero_variance_share", 0.0)
-        tokens = problems * method.g1 * taught * train.updates_per_batch * row["response_length"]
-        step.passes["policy"] = [Pass(round(tokens), round(tokens * (row["response_length"] + 1) / 2), round(tokens),
-                                      learns=True)]
+        rows, length = problems * method.g1 * taught * train.updates_per_batch, row["response_length"]
+        limit = train.micro_batch_tokens or math.inf
+        parts = max(1, math.ceil(rows / train.micro_batch), math.ceil(rows * length / limit))
+        tokens = rows * length / parts
+        one = Pass(round(tokens), round(tokens * (length + 1) / 2), round(tokens), learns=True)
+        step.passes["policy"] = [one] * parts
 
 
 def summary(config: RunConfig, steps: Sequence[Step], machine: Machine | None) -> dict[str, Any]:
@@ -220,7 +223,10 @@ def summary(config: RunConfig, steps: Sequence[Step], machine: Machine | None) -
         "update_utilisation": _ratio((sum(w.get(p, 0.0) for p in LEARNING) for w in work),
                                      (rate * t for t in update)),
         "step_utilisation": _ratio((sum(w.values()) for w in work), (rate * step.whole for step in steps)),
-        **{f"{name}_share": _mean(step.row.get(f"{name}_share") for step in steps) for name in ("skipped", "padding")},
+        "largest_pass": max((p.tokens for step in steps for ps in step.passes.values() for p in ps), default=0),
+        "skipped_share": _mean(step.row.get("skipped_share") for step in steps),
+        # a step without any pass has no padding, though its row says that all of nothing is
+        "padding_share": _mean(x for x in (step.row.get("padding_share") for step in steps) if x != 1),
         "cpu_per_second": _ratio((step.row.get("cpu_seconds", 0.0) for step in steps), (x.whole for x in steps)),
     }
 
@@ -229,10 +235,11 @@ def advice(config: RunConfig, found: Mapping[str, Any], device: str, threads: in
     """A line for each setting with which this run is slower than it need be. `device` is `cpu` or `cuda`."""
     train, rollout, size = config.train, config.rollout, found["parameters"] or 0
     lines, s = [], setup_of(config)
-    if s and train.layout in ("packed", "shared") and masked(s, train.micro_batch):
-        lines.append(f"layout {train.layout!r} with attention {attention!r}: a mask of all pairs of a micro-batch's "
-                     "tokens is made, and what it forbids is computed. Cure: attention=flash_attention_2 (on a GPU), "
-                     "smaller micro_batch_tokens, or layout=right")
+    dear = s.shape.layer / (2 * s.shape.queries) if s else math.inf  # S tokens: 4 Q S^2 is 2 S times a layer's numbers
+    if s and train.layout in ("packed", "shared") and masked(s, train.micro_batch) and found["largest_pass"] > dear:
+        lines.append(f"layout {train.layout!r} with attention {attention!r}: a mask makes attention compute all pairs "
+                     f"of a pass's {found['largest_pass']:,} tokens, which is more than the rest of a layer. Cure: "
+                     f"micro_batch_tokens={dear:.0f}, layout=right, or on a GPU attention=flash_attention_2")
     if rollout.sampler == "transformers" and size > LARGE_MODEL:
         lines.append(f"sampler 'transformers' for a model of {size / 1e9:.1f}B parameters: it decodes one batch until "
                      "its longest response ends. Cure: sampler=vllm")

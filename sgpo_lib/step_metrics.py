@@ -56,7 +56,7 @@ def step_metrics(session: Session, sums: Sums, updates: int, step: int) -> dict[
         "lr": session.learning_rate(step), "updates": updates, "tokens": sums["token_total"],
         "tokens_per_second": sums["token_total"] / session.seconds["sample"],
         "skipped_share": sums["skipped_tokens"] / max(1, sums["skipped_tokens"] + sums["computed_tokens"]),
-        "padding_share": 1 - sums["computed_tokens"] / max(1, sums["slots_tokens"]),
+        "padding_share": (sums["slots_tokens"] - sums["computed_tokens"]) / max(1, sums["slots_tokens"]),
     }
     if sums["measured_token_count"]:  # with skip_untaught there may be nothing to measure
         row |= {"entropy": per("entropy_sum", "measured_token_count"),

@@ -89,10 +89,13 @@ def test_medians_and_shares():
 
 def test_what_is_slow_is_named():
     config = from_parameters("tiny", torch_threads=2, layout="packed", attention="eager", rollout_batch=8)
-    found = summary(config, [Step({"verify": 1.0}, 2.0, {"padding_share": 0.4, "cpu_seconds": 2.0})], None)
+    found = summary(config, [Step({"verify": 1.0}, 2.0, {"padding_share": 0.4, "cpu_seconds": 2.0},
+                                   passes={"policy": [Pass(4000, 9000, 2000, True)]}),
+                              Step({"verify": 1.0}, 2.0, {"padding_share": 1.0, "cpu_seconds": 2.0})], None)
     told = "\n".join(profiling.advice(config, found, "cpu", 2, "eager"))
-    for word in ("layout 'packed'", "attention 'eager' keeps", "2 threads for a model of 0.36M", "40%",
-                 "rollout_batch 8 for 60", "verifying takes 50%"):
+    for word in ("layout 'packed' with attention 'eager'", "all pairs of a pass's 4,000 tokens",
+                 "attention 'eager' keeps", "2 threads for a model of 0.36M", "40%", "rollout_batch 8 for 60",
+                 "verifying takes 50%"):
         assert word in told, word
     good = from_parameters("tiny")
     assert profiling.advice(good, summary(good, [Step({}, 1.0, {})], None), "cpu", 1, "sdpa") == []
