@@ -91,29 +91,29 @@ def contend(case: dict[str, Any]) -> None:
 
 
 def rollouts(smoke: bool, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """12 responses of 64 tokens in one batch: by weights' type and number of threads."""
+    """12 responses of 64 tokens in one batch: float32 with one thread and with all of them, bfloat16 with all."""
     rows, found = [], {}
     case = {"smoke": smoke, "batch": 12, "prompts": 4, "tokens": 4 if smoke else 64}
-    counts = sorted({1, measure.threads()})[: 1 if smoke else 2]
-    for dtype in ("float32",) if smoke else ("float32", "bfloat16"):
-        for count in counts:
-            what = f"rollouts, 12 x {case['tokens']} tokens, {dtype}, {count} thread{'s' * (count > 1)}"
-            sides = {who: _side(case, who, dtype, count) for who in ("engine", "generate")}
-            if VLLM_PYTHON.exists() and not smoke:
-                sides["vllm"] = _side(case, "vllm", dtype, count)
-            here = found[what] = measure.race(sides, repeats)
-            for side in here.values():
-                if "seconds" in side:
-                    side["tokens_per_second"] = side["tokens"] / side["seconds"]
-            # seconds per 1,000 tokens, so that less is better in every line of the table
-            each = {name: 1000 * side["seconds"] / side["tokens"] for name, side in here.items() if "seconds" in side}
-            speed = {name: f"{side['tokens_per_second']:,.0f}" for name, side in here.items() if "seconds" in side}
-            rows.append(row(f"{what}: time per 1,000", "s", each["engine"], "generate", each["generate"],
-                            note=f"{speed['engine']} and {speed['generate']} tokens/s"))
-            reason = here.get("vllm", {}).get("failed", "no vLLM here" if not smoke else "smoke")
-            note = f"{speed['vllm']} tokens/s" if "vllm" in each else reason
-            rows.append(row(f"{what}, vLLM: time per 1,000", "s", each.get("vllm"), "generate", each["generate"],
-                            note=note))
+    most = measure.threads()
+    cases = [("float32", count) for count in sorted({1, most})] + [("bfloat16", most)]
+    for dtype, count in cases[: 1 if smoke else None]:
+        what = f"rollouts, 12 x {case['tokens']} tokens, {dtype}, {count} thread{'s' * (count > 1)}"
+        sides = {who: _side(case, who, dtype, count) for who in ("engine", "generate")}
+        if VLLM_PYTHON.exists() and not smoke:
+            sides["vllm"] = _side(case, "vllm", dtype, count)
+        here = found[what] = measure.race(sides, repeats)
+        for side in here.values():
+            if "seconds" in side:
+                side["tokens_per_second"] = side["tokens"] / side["seconds"]
+        # seconds per 1,000 tokens, so that less is better in every line of the table
+        each = {name: 1000 * side["seconds"] / side["tokens"] for name, side in here.items() if "seconds" in side}
+        speed = {name: f"{side['tokens_per_second']:,.0f}" for name, side in here.items() if "seconds" in side}
+        rows.append(row(f"{what}: time per 1,000", "s", each["engine"], "generate", each["generate"],
+                        note=f"{speed['engine']} and {speed['generate']} tokens/s"))
+        reason = here.get("vllm", {}).get("failed", "no vLLM here" if not smoke else "smoke")
+        note = f"{speed['vllm']} tokens/s" if "vllm" in each else reason
+        rows.append(row(f"{what}, vLLM: time per 1,000", "s", each.get("vllm"), "generate", each["generate"],
+                        note=note))
     return rows, found
 
 

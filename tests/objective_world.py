@@ -55,7 +55,7 @@ class FakeSession:
 
     def __init__(self, config: RunConfig, policy: Policy):
         self.config, self.policy = config, policy
-        self.seconds, self.work = {}, collections.Counter()
+        self.seconds, self.work, self.memory = {}, collections.Counter(), None
         self.guided_side = GuidedSide(policy, config.method.guided_side, config.method.ema_decay)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -205,7 +206,7 @@ def row_of(problems: list[Problem], alphas: list[float], guides: bool = True, **
     groups = [RolloutGroup(p, [response(False)], [response(True)] if guides else []) for p in problems]
     works = [ProblemWork(g, [0.0], [0], alpha) for g, alpha in zip(groups, alphas, strict=True)]
     session = SimpleNamespace(config=from_parameters("tiny", "sgpo" if guides else "grpo8", **data),
-                              seconds={"sample": 1.0}, learning_rate=lambda step: 1e-3)
+                              seconds={"sample": 1.0}, work=collections.Counter(), learning_rate=lambda step: 1e-3)
     made = cast(Session, session)
     return step_metrics(made, step_sums(made, groups, works), 1, 1)
 

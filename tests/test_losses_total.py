@@ -264,7 +264,7 @@ def test_the_total_in_corner_cases(name, corner):
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
-@given(st.integers(0, 10_000), st.sampled_from([*((name, {}) for name in RL), *OPTIONS]), st.sampled_from(LAYOUTS),
+@given(st.integers(0, 10_000), st.sampled_from([*((name, {}) for name in RL), *OPTIONS]), st.sampled_from(LAYOUTS[:3]),
        st.sampled_from(["any", "one", "distinct"]), st.integers(1, 9), st.integers(1, 9), st.sampled_from([0.05, 0.5]))
 def test_the_total_of_random_batches_matches_the_oracle(seed, case, layout, lengths, micro_batch, chunk, delta):
     """Values, and the derivative along one random direction."""
@@ -339,7 +339,7 @@ def test_without_old_log_probabilities_the_policy_is_its_own_old_one(name):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 100])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
 def test_the_supervised_step_is_the_token_mean_of_its_batch(micro_batch, layout):
     world = make_world(7)
     rows = [(g.unguided_prompt_ids, g.expert.token_ids) for g in world.groups]
