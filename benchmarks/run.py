@@ -49,8 +49,8 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.smoke:
         os.environ.setdefault("BENCH_THREADS", "1")
-    told: dict[str, Any] = {"command": "make bench", "smoke": asked.smoke, "machine": measure.machine(),
-                            "sections": {}}
+    command = " ".join(["python benchmarks/run.py", *(f"--only {name}" for name in asked.only or ())])
+    told: dict[str, Any] = {"command": command, "smoke": asked.smoke, "machine": measure.machine(), "sections": {}}
     began = time.perf_counter()
     for name, section in SECTIONS.items():
         if asked.only and name not in asked.only:
