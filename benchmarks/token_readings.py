@@ -22,6 +22,7 @@ import torch
 
 from sgpo_lib.analysis import _chunk
 from sgpo_lib.losses.head import Head
+from sgpo_lib.peak_memory import resident, restart_resident_peak
 
 OUT = Path(__file__).parent / "results" / "token_readings.json"
 
@@ -45,7 +46,7 @@ def main() -> None:
             torch.nn.functional.linear(unguided_NH[part], matrix_VH)
         floor = time.perf_counter() - began
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
+        restart_resident_peak()
         began = time.perf_counter()
         total = 0.0
         for part in parts:
@@ -64,12 +65,6 @@ def main() -> None:
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))
-
-
-def resident(field: str) -> int:
-    """Bytes: VmRSS (now) or VmHWM (peak) of this process."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ class TrainConfig:
     speed, not the result."""
     skip_untaught: bool = True
     """Leave out passes without a gradient: of responses with no advantage. `entropy` and `sampler_trainer_gap` are then
-    those of the others; false measures all. The weights are the same."""
+    those of the others and of the step's first response; false measures all. The weights are the same."""
     kl_chunk_tokens: int = 256
     """Tokens whose full-vocabulary distributions exist at a time."""
     lr: float = 1e-4

@@ -109,8 +109,9 @@ def _alpha(method: MethodConfig, group: RolloutGroup, targets: Sequence[int]) ->
 @torch.no_grad()
 def autonomous_logp(session: Session, works: Sequence[ProblemWork]) -> dict[int, torch.Tensor]:
     """id(response) -> log pi_old of its tokens, by the trainer itself, before the batch's first update."""
+    first = _first(session, works)
     rollouts = [o for w in works for o, a in zip(w.group.autonomous, w.advantages, strict=True)
-                if not _skips(session, w, a)]
+                if o is first or not _skips(session, w, a)]
     rows: list[Row] = [(o.prompt_ids, o.token_ids) for o in rollouts]
     old: dict[int, torch.Tensor] = {}
     for part in session.micro_batches(rows, learns=False):
@@ -143,6 +144,11 @@ def _skips(session: Session, work: ProblemWork, advantage: float) -> bool:
     return session.config.train.skip_untaught and not _teaches(session.config.method, work, advantage)
 
 
+def _first(session: Session, works: Sequence[ProblemWork]) -> Rollout | None:
+    """The batch's first autonomous response, on the worker that has it: measured in every step, whatever is skipped."""
+    return works[0].group.autonomous[0] if works and session.world.first else None
+
+
 def _counts(session: Session, works: Sequence[ProblemWork]) -> tuple[Counts, int]:
     """What the mini-batch's means divide by, over all workers: (responses of the policy gradient, problems).
 
@@ -158,9 +164,10 @@ def _counts(session: Session, works: Sequence[ProblemWork]) -> tuple[Counts, int
 
 def accumulate_policy_gradient(session: Session, works: Sequence[ProblemWork],
                                old_logp: dict[int, torch.Tensor] | None, counts: Counts, sums: Sums) -> None:
-    """Gradient of -L_GRPO (Eq. 1) and of the entropy bonus. Responses that teach nothing are left out, or, without
-    `skip_untaught`, measured."""
+    """Gradient of -L_GRPO (Eq. 1) and of the entropy bonus. Responses that teach nothing are left out but for the
+    batch's first one, or, without `skip_untaught`, measured."""
     method, device = session.config.method, session.policy.device
+    first = _first(session, works)
     for learns in (True, False):
         flat = [(o, a) for w in works for o, a in zip(w.group.autonomous, w.advantages, strict=True)
                 if learns == _teaches(method, w, a)]
@@ -171,13 +178,15 @@ def accumulate_policy_gradient(session: Session, works: Sequence[ProblemWork],
                     w.group.autonomous, w.advantages, strict=True) if not w.imitates and a == 0
                     and not _teaches(method, w, a))
             if session.config.train.skip_untaught:
-                session.work["skipped"] += _tokens(rows)
-                break
+                flat = [(o, a) for o, a in flat if (o is first if old_logp is None else id(o) in old_logp)]
+                measured: list[Row] = [(o.prompt_ids, o.token_ids) for o, _ in flat]
+                session.work["skipped"] += _tokens(rows) - _tokens(measured)
+                rows = measured
         for part in session.micro_batches(rows, learns=learns):
             batch = _token_batch(session, rows, part)
             with torch.set_grad_enabled(learns):
                 logp_N, entropy_N = session.logp_and_entropy(batch, entropy_gradient=method.entropy_coefficient > 0)
-            old_N = torch.cat([old_logp[id(flat[i][0])] for i in part]) if old_logp else logp_N.detach()
+            old_N = torch.cat([old_logp[id(flat[i][0])] for i in part]) if old_logp is not None else logp_N.detach()
             sampler_N = torch.tensor([x for i in part for x in flat[i][0].sampler_logp], device=device)
             sums.update({"entropy_sum": float(entropy_N.detach().sum()), "measured_token_count": len(sampler_N),
                          "gap_sum": float((old_N - sampler_N).abs().sum())})

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from sgpo_lib.config import RunConfig
-from sgpo_lib.policy import Policy, _bits, _digest, pick_device
+from sgpo_lib.policy import Policy, pick_device, tensor_bits
 from sgpo_lib.world import World
 
 
@@ -140,10 +140,10 @@ class Sharded(Policy):
             self._write(folder, full, dtype)
         self.world.wait()
 
-    def content(self) -> str:
-        """Over the shards of all workers."""
+    def content_parts(self) -> list[tuple[int, float]]:
+        """Of the shards of all workers."""
         self.settle()
-        return _digest(self.world.woven([_bits(p.to_local()) for p in self.parameters()]))  # type: ignore[attr-defined]
+        return self.world.woven([tensor_bits(p.to_local()) for p in self.parameters()])  # type: ignore[attr-defined]
 
     def gathered(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """From all workers."""

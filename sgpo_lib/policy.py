@@ -99,7 +99,11 @@ class Policy:
 
     def content(self) -> str:
         """12 hex digits over every bit of the weights that train, computed where they are."""
-        return _digest([_bits(p) for p in self.parameters()])
+        return hashlib.sha256(repr(self.content_parts()).encode()).hexdigest()[:12]
+
+    def content_parts(self) -> list[tuple[int, float]]:
+        """`tensor_bits` of every weight that trains; where weights are sharded, of every shard."""
+        return [tensor_bits(p) for p in self.parameters()]
 
     def gathered(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """A whole parameter. Where weights are sharded all workers must ask for it; it then comes in `dtype`."""
@@ -162,13 +166,10 @@ class Policy:
 
 
 @torch.no_grad()
-def _bits(values: Tensor) -> tuple[int, float]:
+def tensor_bits(values: Tensor) -> tuple[int, float]:
+    """(hash of a tensor's bits, its sum), computed where it is."""
     return (int(torch.hash_tensor(values).view(torch.int64)), float(values.sum(dtype=torch.float64))) \
         if values.numel() else (0, 0.0)
-
-
-def _digest(parts: list[tuple[int, float]]) -> str:
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def pick_device(name: str) -> torch.device:

@@ -53,14 +53,13 @@ def step_metrics(session: Session, sums: Sums, updates: int, step: int) -> dict[
         "zero_variance_share": sums["without_variance"] / problems,
         "policy_clip_share": per("policy_clipped_count", "policy_token_count"),
         "loss_grpo": sums["loss_grpo"] / updates, "grad_norm": sums["grad_norm"] / updates,
+        "entropy": per("entropy_sum", "measured_token_count"),
+        "sampler_trainer_gap": per("gap_sum", "measured_token_count"),
         "lr": session.learning_rate(step), "updates": updates, "tokens": sums["token_total"],
         "tokens_per_second": sums["token_total"] / session.seconds["sample"],
         "skipped_share": sums["skipped_tokens"] / max(1, sums["skipped_tokens"] + sums["computed_tokens"]),
         "padding_share": (sums["slots_tokens"] - sums["computed_tokens"]) / max(1, sums["slots_tokens"]),
     }
-    if sums["measured_token_count"]:  # with skip_untaught there may be nothing to measure
-        row |= {"entropy": per("entropy_sum", "measured_token_count"),
-                "sampler_trainer_gap": per("gap_sum", "measured_token_count")}
     if method.g2:
         row |= {"reward_guided": sums["p_guide_sum"] / problems, "alpha": sums["alpha_sum"] / problems,
                 "target_share": sums["with_target"] / problems, "loss_kd": sums["loss_kd"] / updates}

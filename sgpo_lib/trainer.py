@@ -185,7 +185,7 @@ def sgpo_step(session: Session, step: int) -> dict[str, Any]:
     sums.update(step_sums(session, groups, works))
     sums = session.world.added(sums)
     row = step_metrics(session, sums, updates, step) | session.engine.report()
-    gap, limit = row.get("sampler_trainer_gap", 0.0), config.rollout.max_gap
+    gap, limit = row["sampler_trainer_gap"], config.rollout.max_gap
     if step == 1 or step == session.total_steps or step % KEEP_ROLLOUTS_EVERY == 0 or not gap <= limit:
         kept = session.world.woven([rollout_rows([group]) for group in groups])
         if session.world.first:

@@ -112,7 +112,7 @@ def test_vllm_that_is_not_installed_is_told_before_any_work(base, tmp_path):
 
 def test_a_gap_above_the_limit_stops_the_run(base, tmp_path):
     settings = {"source": str(base), "steps": 2, "problems_per_step": 2, "n_train": 12, "n_validation": 0, "n_test": 0,
-                "max_new_tokens": 6, "skip_untaught": False}
+                "max_new_tokens": 6}
     config = from_parameters("tiny", "sgpo", 0, **settings, max_gap=1e-12)
     with pytest.raises(RuntimeError, match=r"step 1: .* more than rollout\.max_gap = 1e-12.*its rollouts are"):
         train(config, root=tmp_path)

@@ -208,7 +208,9 @@ def test_what_cannot_teach_is_left_out_and_changes_no_gradient(world, name):
     method = part.config.method
     untaught = sum(len(o.prompt_ids) + len(o.token_ids) for w in works for o, a in zip(
         w.group.autonomous, w.advantages, strict=True)
-        if w.imitates or not method.policy_gradient or not (a or method.entropy_coefficient))
+        if o is not works[0].group.autonomous[0]  # which is measured in every step
+        and (w.imitates or not method.policy_gradient or not (a or method.entropy_coefficient)))
+    assert 0 < found[1][1]["measured_token_count"] <= found[0][1]["measured_token_count"]
     assert part.work["skipped"] - whole.work["skipped"] == untaught
     assert whole.work["computed"] - part.work["computed"] == 2 * untaught  # the old log-probabilities, and the update
 

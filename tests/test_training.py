@@ -115,7 +115,7 @@ def test_a_run_starts_from_the_weights_of_any_other_run(base, tmp_path, warm):
 
 def test_the_gap_is_measured_also_where_every_rollout_is_dropped(base, tmp_path):
     """HPT with the highest gate: expert solutions are learned, dropped responses are still looked at."""
-    rows = train(small(base, "hpt", steps=3, expert_gate=11, skip_untaught=False), root=tmp_path).metrics("train")
+    rows = train(small(base, "hpt", steps=3, expert_gate=11), root=tmp_path).metrics("train")
     assert [r["expert_share"] for r in rows] == [1.0] * 3 and all(r["loss_grpo"] == 0 for r in rows)
     assert all(0 < r["sampler_trainer_gap"] < 1e-4 and r["entropy"] > 0 and r["loss_expert"] > 1 for r in rows)
 
