@@ -114,7 +114,7 @@ faults-report: venv-browser  ## The same with full counts (about an hour): repor
 strategies: venv  ## Measure the leak check and the scorers on the shipped collection: reports/strategy_extraction
 	@$(BIN)/python tools/strategy_report.py $(foreach engine,$(SCORER),--scorer $(engine))
 
-bench: venv-test  ## Measure speed and memory against peers (20 minutes): benchmarks/results
+bench: venv-test .venv-vllm/.stamp  ## Measure speed and memory against peers (20 minutes, vLLM installed): benchmarks/results
 	@$(BIN)/python benchmarks/run.py
 
 check: venv-test  ## Lint (notebooks too), types, order of imports

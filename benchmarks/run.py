@@ -36,8 +36,6 @@ SECTIONS: dict[str, Section] = {
     "sgpo_step": grpo_step.sgpo_step,
     "rollouts": rollouts.rollouts,
 }
-FEWER = {"token_kl_growth": 3}
-"""Section -> passes, where they are fewer."""
 
 
 def main() -> int:
@@ -55,7 +53,7 @@ def main() -> int:
     for name, section in SECTIONS.items():
         if asked.only and name not in asked.only:
             continue
-        repeats, started = 1 if asked.smoke else FEWER.get(name, REPEATS), time.perf_counter()
+        repeats, started = 1 if asked.smoke else REPEATS, time.perf_counter()
         print(f"== {name}", flush=True)
         try:
             rows, found = section(asked.smoke, repeats)

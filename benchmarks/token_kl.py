@@ -187,8 +187,8 @@ def large(smoke: bool, repeats: int) -> tuple[list[dict[str, Any]], dict[str, An
 def growth(smoke: bool, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Time and memory of ours and TRL as tokens grow, and as the vocabulary does."""
     hidden, chunk = (32, 32) if smoke else (576, 256)
-    tokens, at_vocabulary = ((64,), 1024) if smoke else ((128, 256, 512, 1024, 2048), 49_152)
-    vocabularies, at_tokens = ((), 64) if smoke else ((2048, 8192, 32_768, 151_936), 512)
+    tokens, at_vocabulary = ((64,), 1024) if smoke else ((128, 512, 2048), 49_152)
+    vocabularies, at_tokens = ((), 64) if smoke else ((2048, 16_384, 151_936), 512)
     shapes = [{"tokens": n, "vocabulary": at_vocabulary} for n in tokens]
     shapes += [{"tokens": at_tokens, "vocabulary": v} for v in vocabularies]
     rows, found = [], {}
