@@ -124,9 +124,7 @@ check: venv-test  ## Lint (notebooks too), types, order of imports
 
 lab: venv  ## Open JupyterLab on notebooks/, on this machine only, with a token
 	@$(BIN)/jupyter labextension disable "@jupyterlab/apputils-extension:announcements" >/dev/null 2>&1
-	@PLOTLY_RENDERER=plotly_mimetype JUPYTER_PREFER_ENV_PATH=1 $(BIN)/jupyter lab --ip=127.0.0.1 \
-	  --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks \
-	  $(if $(filter 0,$(shell id -u)),--allow-root)
+	@$(BIN)/sgpo lab
 
 lock: venv-test  ## Rewrite the lock files from pyproject.toml
 	@PATH="$(CURDIR)/$(BIN):$$PATH" requirements/lock.sh

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from sgpo_lib.peak_memory import resident, restart_resident_peak
 
@@ -35,6 +35,7 @@ Found = dict[str, Any]
 
 # ------------------------------------------------------------------------------------------- a contender's process
 
+_answers: TextIO = sys.stdout
 
 def threads() -> int:
     """Threads of a contender: BENCH_THREADS, or as many as there are cores for this process."""
@@ -42,14 +43,9 @@ def threads() -> int:
 
 
 class Turns:
-    """A contender's end of the line: waits for a turn, measures it, and answers.
-
-    Standard output carries the answers alone; what libraries print there goes to standard error.
-    """
+    """A contender's end of the line: waits for a turn, measures it, and answers."""
 
     def __init__(self) -> None:
-        self._answers = os.fdopen(os.dup(1), "w")
-        os.dup2(2, 1)
         self._told = False
 
     def wait(self) -> str:
@@ -71,7 +67,7 @@ class Turns:
         self._answer({"seconds": seconds, "extra_MB": (peak - self._before) / 1e6, "peak_MB": peak / 1e6} | more)
 
     def _answer(self, told: dict[str, Any]) -> None:
-        print(json.dumps(told), file=self._answers, flush=True)
+        print(json.dumps(told), file=_answers, flush=True)
 
 
 def serve(commands: dict[str, Callable[[], dict[str, Any]]]) -> None:
@@ -82,7 +78,11 @@ def serve(commands: dict[str, Callable[[], dict[str, Any]]]) -> None:
 
 
 def case() -> dict[str, Any]:
-    """What this process is to be."""
+    """What this process is to be. From here on standard output carries its answers alone: what is printed, by a library
+    or while a model is unpacked, goes to standard error."""
+    global _answers
+    _answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     return json.loads(sys.argv[1])
 
 

@@ -22,10 +22,10 @@ from typing import Any
 import measure
 from measure import Found, Side, bound, row
 
+CHUNK = 512
+"""Tokens of a chunk: what `train.kl_chunk_tokens` is where nothing else is set."""
 CHECKED = 64
 """Tokens whose values and gradients are compared with float64."""
-FULL_LOGITS = 6e9
-"""Bytes of one side's logits beyond which TRL is not asked to make them."""
 
 
 # --------------------------------------------------------------------------------------------------- one contender
@@ -142,29 +142,22 @@ def token_kl(smoke: bool, repeats: int) -> tuple[list[dict[str, Any]], dict[str,
     """Time, memory and error at one size, with a frozen and a training matrix, forward and reverse."""
     shape = {"tokens": 128, "vocabulary": 2048, "hidden": 32} if smoke else \
         {"tokens": 2048, "vocabulary": 49_152, "hidden": 576}  # fmt: skip
-    chunks = (32,) if smoke else (256, 512)
+    chunk = 32 if smoke else CHUNK
     side = functools.partial(_side, shape)
-    variants: dict[str, dict[str, Any]] = {"training matrix": {"trains": True}, "reverse KL": {"reverse": True}}
-
+    variants: dict[str, dict[str, Any]] = {"forward KL": {}, "training matrix": {"trains": True},
+                                           "reverse KL": {"reverse": True}}
     if smoke:
         del variants["reverse KL"]
 
-    sides = {f"ours {c}": side("ours", c) for c in chunks} | {f"floor {c}": side("floor", c) for c in chunks}
-    sides["trl"] = side("trl", 0)
-    first = f"ours {chunks[0]}"
-    forward = measure.race(sides, repeats, also={first: "error", "trl": "error"})
-    found = {"shape": shape, "forward KL": forward}
+    found: dict[str, Any] = {"shape": shape, "chunk": chunk}
     rows: list[dict[str, Any]] = []
-    for c in chunks:
-        rows += _lines(f"token KL, chunk {c}", forward, f"ours {c}", f"floor {c}", targets=True)
-    rows += _errors("token KL", forward[first], forward["trl"])
     for name, fields in variants.items():
-        sides = {who: side(who, chunks[0], **fields) for who in ("ours", "floor", "trl")}
+        sides = {who: side(who, chunk, **fields) for who in ("ours", "floor", "trl")}
         if "trains" in fields and importlib.util.find_spec("liger_kernel"):
-            sides["liger"] = side("liger", chunks[0], **fields)
+            sides["liger"] = side("liger", chunk, **fields)
         here = found[name] = measure.race(sides, repeats, also={"ours": "error", "trl": "error"})
-        what = f"token KL, {name}, chunk {chunks[0]}"
-        rows += [*_lines(what, here, "ours", "floor", targets=False), *_errors(what, here["ours"], here["trl"])]
+        what = f"token KL, {name}"
+        rows += [*_lines(what, here, targets=not fields), *_errors(what, here["ours"], here["trl"])]
         if "trains" in fields:
             rows += _liger_lines(what, here)
     return rows, found
@@ -174,7 +167,7 @@ def large(smoke: bool, repeats: int) -> tuple[list[dict[str, Any]], dict[str, An
     """A long response with a large vocabulary, once: how much memory a forward and backward pass takes."""
     shape = {"tokens": 256, "vocabulary": 4096, "hidden": 32} if smoke else \
         {"tokens": 16_384, "vocabulary": 151_936, "hidden": 896}  # fmt: skip
-    with measure.Race({"ours": _side(shape, "ours", 32 if smoke else 256)}) as started:
+    with measure.Race({"ours": _side(shape, "ours", 32 if smoke else CHUNK)}) as started:
         found = started.turn("pass")["ours"]
     logits = shape["tokens"] * shape["vocabulary"] * 4 / 1e6
     rows = [bound(f"token KL, {shape['tokens']:,} x {shape['vocabulary']:,}: peak extra memory", "MB",
@@ -186,7 +179,7 @@ def large(smoke: bool, repeats: int) -> tuple[list[dict[str, Any]], dict[str, An
 
 def growth(smoke: bool, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Time and memory of ours and TRL as tokens grow, and as the vocabulary does."""
-    hidden, chunk = (32, 32) if smoke else (576, 256)
+    hidden, chunk = (32, 32) if smoke else (576, CHUNK)
     tokens, at_vocabulary = ((64,), 1024) if smoke else ((128, 512, 2048), 49_152)
     vocabularies, at_tokens = ((), 64) if smoke else ((2048, 16_384, 151_936), 512)
     shapes = [{"tokens": n, "vocabulary": at_vocabulary} for n in tokens]
@@ -195,13 +188,10 @@ def growth(smoke: bool, repeats: int) -> tuple[list[dict[str, Any]], dict[str, A
     for shape in shapes:
         shape = shape | {"hidden": hidden}
         what = f"token KL, {shape['tokens']:,} x {shape['vocabulary']:,}"
-        skipped = shape["tokens"] * shape["vocabulary"] * 4 > FULL_LOGITS
-        sides = {who: _side(shape, who, chunk) for who in ("ours", "trl")[: 1 if skipped else 2]}
-        here = found[what] = measure.race(sides, repeats)
+        here = found[what] = measure.race({who: _side(shape, who, chunk) for who in ("ours", "trl")}, repeats)
         for key, unit in (("seconds", "s"), ("extra_MB", "MB")):
             rows.append(row(f"{what}: {'time' if unit == 's' else 'peak extra memory'}", unit, here["ours"][key], "TRL",
-                            here["trl"][key] if "trl" in here else None,
-                            note="TRL skipped: its logits would exceed 6 GB" if skipped else ""))
+                            here["trl"][key]))
     return rows, found
 
 
@@ -223,10 +213,10 @@ def _errors(what: str, mine: Found, trl: Found) -> list[dict[str, Any]]:
                 trl["error"][key]) for key, unit in (("value_error", "nats"), ("gradient_error", "of its norm"))]
 
 
-def _lines(what: str, found: dict[str, Found], ours: str, floor: str, *, targets: bool) -> list[dict[str, Any]]:
-    mine, trl = found[ours], found["trl"]
+def _lines(what: str, found: dict[str, Found], *, targets: bool) -> list[dict[str, Any]]:
+    mine, trl = found["ours"], found["trl"]
     return [row(f"{what}: time", "s", mine["seconds"], "TRL", trl["seconds"], 0.7 if targets else None),
-            row(f"{what}: time", "s", mine["seconds"], "matrix products", found[floor]["seconds"],
+            row(f"{what}: time", "s", mine["seconds"], "matrix products", found["floor"]["seconds"],
                 1.3 if targets else None),
             row(f"{what}: peak extra memory", "MB", mine["extra_MB"], "TRL", trl["extra_MB"],
                 0.1 if targets else None)]

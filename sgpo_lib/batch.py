@@ -15,18 +15,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from sgpo_lib.batch_spec import Batch, Job, load_batch
+from sgpo_lib.checkpoints import clear
 from sgpo_lib.config import unknown
 from sgpo_lib.executors.attempts import end, goes_nowhere, make_ready, record_failure, record_no_progress
 from sgpo_lib.executors.interface import Ended, EngineLost, Executor, clear_queue, make_order, read_queue
 from sgpo_lib.jobs import JobResult, job_key, last_line, place_parameters, read_job, up_to_date
-from sgpo_lib.runs import is_locked, locked, write_atomic
+from sgpo_lib.runs import is_locked, locked
+from sgpo_lib.storage import write_atomic
 
 HEARTBEAT_S = 15.0
 """Seconds between progress lines while nothing starts or ends."""
 AGAIN_S = 5.0
 """Seconds before a job is started again: the kernel of its last attempt has ended by then."""
 LET_GO_S = 60.0
-"""Seconds more for a last attempt that still saves its state."""
+"""Seconds more for what still saves its state: a last attempt, or a job that a killed call of the batch left behind."""
 
 
 def run_batch(spec: Path, parallel: int | None = None, only: Iterable[str] = (), dry_run: bool = False,
@@ -59,6 +61,7 @@ def run_batch(spec: Path, parallel: int | None = None, only: Iterable[str] = (),
     if dry_run:
         return True
     with locked(batch.folder):
+        clear(batch.folder)
         return _Runner(batch, jobs, executor, say).run()
 
 
@@ -102,7 +105,7 @@ class _Runner:
     def __init__(self, batch: Batch, jobs: list[Job], executor: Executor, say: Callable[[str], None]):
         self.batch, self.executor, self.say, self.start = batch, executor, say, time.time()
         self.jobs = {j.name: j for j in jobs}
-        self.waiting = {j.name: 0.0 for j in jobs}  # time before which it is not started
+        self.waiting = {j.name: self.start for j in jobs}  # time before which it is not started
         self.running: set[str] = set()
         self.ended: dict[str, JobResult] = {}
         self.blocked: dict[str, str] = {}
@@ -180,9 +183,9 @@ class _Runner:
         return changed
 
     def _too_early(self, name: str) -> bool:
-        """Whether the last attempt of a job may still be at work."""
+        """Whether another process may still be at work for a job."""
         since = time.time() - self.waiting[name]
-        return since < 0 or (self.waiting[name] > 0 and since < LET_GO_S and is_locked(self.folder(name)))
+        return since < 0 or (since < LET_GO_S and is_locked(self.folder(name)))
 
     def _submit(self, job: Job) -> None:
         del self.waiting[job.name]

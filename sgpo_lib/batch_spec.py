@@ -41,6 +41,7 @@ from typing import Any
 
 from sgpo_lib.config import unknown
 from sgpo_lib.jobs import find_notebook, jobs_root, place_parameters, read_yaml
+from sgpo_lib.redaction import refuse_secrets
 from sgpo_lib.resources import Resources, read_resources
 
 ENGINES = ("local", "slurm", "ray")
@@ -221,6 +222,7 @@ def _expand(group: str, entry: Mapping[str, Any], small: Mapping[str, Any], base
     for name in set(grid) & set(fixed):
         raise ValueError(f"{name!r} is under parameters and under grid. Remove one")
     after, setup = entry.get("after") or [], entry.get("setup") or []
+    refuse_secrets({name: entry[name] for name in ("env", "setup", "container") if entry.get(name)}, "the batch file")
     python = str(Path(entry["python"]).expanduser()) if entry.get("python") else ""
     resources, _ = read_resources(entry["resources"])
     common = Job(

@@ -1,4 +1,5 @@
-"""The command `sgpo`: plan, profile, run a notebook or a batch headless, see how things stand, report, export weights.
+"""The command `sgpo`: plan, profile, run a notebook or a batch headless, see how things stand, report, export weights,
+start JupyterLab or a vLLM server.
 
 Errors that a user can cure print one line and exit with 2; a job that failed, or a plan that does not fit, exits with
 1, a job that was asked to stop (SIGUSR1 or SIGTERM to `sgpo run`) with 75, an interrupt with 130. Commands import what
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_lib.batch_spec import ENGINES
+from sgpo_lib.escaping import visible
 from sgpo_lib.extraction.command import add_arguments
 from sgpo_lib.extraction.command import command as extract_command
 from sgpo_lib.jobs import STOPPED, batch_folders, jobs_root, parse_assignment, read_batch
@@ -27,6 +29,9 @@ from sgpo_lib.profile_command import add_arguments as add_profile_arguments
 from sgpo_lib.profile_command import command as profile_command
 from sgpo_lib.redaction import Redactor
 from sgpo_lib.runs import Stopped, list_runs, load_run, reports_root
+from sgpo_lib.serving import add_arguments as add_serving_arguments
+from sgpo_lib.serving import command as serving_command
+from sgpo_lib.storage import DiskFull
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, metavar="N", help="the checkpoint after this step (default: final weights)")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="",
                         help="type of merged weights (default: that of the run)")
+    add_serving_arguments(commands)
     return top
 
 
@@ -101,11 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {"run": _run, "batch": _batch, "status": _status, "report": _report, "export": _export,
                 "plan": lambda given: plan_command(given, _parameters(given.parameter), _say),
                 "profile": lambda given: profile_command(given, _parameters(given.parameter), _say),
-                "extract": lambda given: extract_command(given, _say)}
+                "extract": lambda given: extract_command(given, _say),
+                "lab": lambda given: serving_command(given, _say), "serve": lambda given: serving_command(given, _say)}
     try:
         return commands[arguments.command](arguments)
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
-        sys.stderr.write(f"sgpo: {Redactor()(str(error))}\n")
+    except (ValueError, RuntimeError, FileNotFoundError, DiskFull) as error:
+        sys.stderr.write(visible(f"sgpo: {Redactor()(str(error))}\n"))
         return 2
     except BrokenPipeError:  # `sgpo status | head`
         sys.stderr.close()
@@ -129,7 +136,7 @@ def _stop(number: int, _: Any) -> None:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(visible(text) + "\n")
     sys.stdout.flush()
 
 
@@ -159,7 +166,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if result.state in ("stopped", "queued"):  # a cluster has the job until its driver has taken note
         raise Stopped
     if result.state != "done":
-        sys.stderr.write(f"sgpo: {stem} failed in {result.reason}\nSee {result.folder}/log.txt and report.html\n")
+        sys.stderr.write(visible(f"sgpo: {stem} failed in {result.reason}\n"
+                                 f"See {result.folder}/log.txt and report.html\n"))
         return 1
     _say(f"{stem}: " + (f"done in {result.seconds:.0f} s" if result.fresh else "up to date") +
          f", {result.folder}/report.html")

@@ -9,7 +9,6 @@ Shapes: S seeds, P test problems.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ import pandas as pd
 from sgpo_lib.figures import mean_interval, methods_of, t_quantile
 from sgpo_lib.frames import setting, variant
 from sgpo_lib.runs import Run
+from sgpo_lib.storage import read_jsonl
 
 _SAME = ("model.source", "model.revision", "data.problems", "data.problem_args", "evaluation.test_k",
          "evaluation.eval_temperature", "evaluation.eval_top_p")
@@ -56,7 +56,7 @@ def problem_scores(run: Run, part: str = "test") -> dict[str, float]:
     if not path.exists():
         raise ValueError(f"{run.folder.name}: no {path.name} in its evaluation folder. Finish the run with "
                          + ("data.n_test above 0" if part == "test" else "evaluation.transfer set"))
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(path, {"problem_id": str, "samples": int, "correct": int}, unique=("problem_id",))
     return {row["problem_id"]: row["correct"] / row["samples"] for row in rows}
 
 

@@ -71,7 +71,7 @@ class DataConfig:
     """JSONL file with one strategy per problem id, for example of `sgpo extract`; empty takes those that come with the
     problems."""
     leaking_strategies: bool = False
-    """Also train on strategies of `strategies` that the leak check put in quarantine."""
+    """Also train on strategies that the leak check puts in quarantine, all of them."""
     instruction: str = "Reason step by step and put the answer in \\boxed{}."
     """Ends the user turn of both prompts, after the problem."""
     guided_prompt: str = "Use this strategy:\n{strategy}\n\n{problem}"
@@ -103,7 +103,7 @@ class RewardConfig:
     Problems that bring a scorer of their own (reasoning-gym) keep it."""
     reward_workers: int = 1
     """Verifier processes."""
-    reward_deadline_s: float = 3.0
+    reward_deadline_s: float = 2.0
     """Seconds until a judgement is given up and its process killed."""
 
 
@@ -135,7 +135,7 @@ class TrainConfig:
     skip_untaught: bool = True
     """Leave out passes without a gradient: of responses with no advantage. `entropy` and `sampler_trainer_gap` are then
     those of the others and of the step's first response; false measures all. The weights are the same."""
-    kl_chunk_tokens: int = 256
+    kl_chunk_tokens: int = 512
     """Tokens whose full-vocabulary distributions exist at a time."""
     lr: float = 1e-4
     """Peak learning rate of AdamW."""
@@ -154,7 +154,7 @@ class TrainConfig:
     save_every: int = 1
     """Steps between checkpoints: what a crash can lose. 0 saves only the last."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept; the last step's and the best one stay."""
+    """Newest checkpoints kept, at least 2: where one is damaged, the one before it is used. The best one stays."""
     init_from: str = ""
     """Run folder whose final weights the training starts from; empty starts from `source`."""
     torch_threads: int = 0

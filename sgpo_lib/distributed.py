@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_lib.config import RunConfig
-from sgpo_lib.ray_driver import ADDRESS, Outcome, Task, newest
-from sgpo_lib.runs import Run, Stopped, stop_requested, write_atomic
+from sgpo_lib.ray_driver import ADDRESS, Outcome, Task, newest, unpickled
+from sgpo_lib.runs import Run, Stopped, stop_requested
+from sgpo_lib.storage import write_atomic
 from sgpo_lib.world import World
 
 OnRow = Callable[[dict[str, Any]], None]
@@ -140,7 +141,7 @@ def _follow(driver: subprocess.Popen[str], run: Run, follower: _Follower, where:
 def _outcome(driver: subprocess.Popen[str], folder: Path, run: Run) -> Outcome:
     """What the driver wrote; where it wrote nothing, why."""
     if (folder / "outcome").exists():
-        return pickle.loads((folder / "outcome").read_bytes())
+        return unpickled(folder / "outcome")
     kept = f"The last checkpoint, after step {newest(run)}, is whole: the same command continues"
     address = (folder / ADDRESS).read_text() if (folder / ADDRESS).exists() else ""
     if address and not answers(address):

@@ -7,18 +7,22 @@ no strategy.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sgpo_lib.prompts import prompt_ids
-from sgpo_lib.records import Problem
+from sgpo_lib.records import Problem, Rollout, RolloutGroup
 from sgpo_lib.rewards import Verifier
+from sgpo_lib.rollouts.groups import judge_groups
 from sgpo_lib.rollouts.interface import Engine, SampleRequest, sample_seed
-from sgpo_lib.runs import write_atomic
+from sgpo_lib.storage import write_jsonl
+from sgpo_lib.verdict_rates import counted
+
+Judge = Callable[[Verifier, Sequence[RolloutGroup]], None]
+"""Sets the verdict of every response."""
 
 
 def pass_at(samples: int, correct: int, j: int) -> float:
@@ -64,6 +68,8 @@ class ProblemResult:
     mean_length: float
     """Mean response length in tokens."""
     responses: tuple[str, ...] = field(repr=False)
+    reasons: tuple[str, ...] = ()
+    """Of the unverifiable ones."""
 
 
 @dataclass(frozen=True)
@@ -95,25 +101,30 @@ class Evaluation:
 
     def write(self, path: Path) -> None:
         """Store one JSON line per problem."""
-        write_atomic(path, "".join(json.dumps(r.__dict__, ensure_ascii=False) + "\n" for r in self.results))
+        write_jsonl(path, [r.__dict__ for r in self.results])
 
 
 def evaluate(engine: Engine, tokenizer: Any, verifier: Verifier, problems: Sequence[Problem], *, k: int,
              temperature: float, top_p: float, max_new_tokens: int, seed_key: tuple[object, ...],
-             guided: bool = False) -> Evaluation:
-    """Sample k responses per problem and judge them. `seed_key` makes the samples repeatable."""
+             guided: bool = False, judge: Judge = judge_groups) -> Evaluation:
+    """Sample k responses per problem and `judge` them. `seed_key` makes the samples repeatable."""
     requests = []
     for problem in problems:
         ids = prompt_ids(tokenizer, problem, guided=guided)
         requests += [SampleRequest(ids, sample_seed(*seed_key, problem.id, i)) for i in range(k)]
     samples = engine.sample(requests, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
-    texts = [tokenizer.decode(s.token_ids, skip_special_tokens=True) for s in samples]
-    verdicts = verifier.judge([(problems[i // k], text) for i, text in enumerate(texts)])
-    results = []
+    groups = []
     for index, problem in enumerate(problems):
-        part = slice(index * k, (index + 1) * k)
+        part = range(index * k, (index + 1) * k)
+        groups.append(RolloutGroup(problem, [Rollout(
+            problem.id, guided, i - part.start, requests[i].prompt_ids, samples[i].token_ids,
+            tokenizer.decode(samples[i].token_ids, skip_special_tokens=True), samples[i].stop, samples[i].logp)
+            for i in part], []))
+    judge(verifier, groups)
+    results = []
+    for group in groups:
+        mine, reasons = group.autonomous, counted(group.problem.id, [o.verdict for o in group.autonomous])[2]
         results.append(ProblemResult(
-            problem.id, problem.family, k, sum(v.correct for v in verdicts[part]),
-            sum(v.status == "unverifiable" for v in verdicts[part]),
-            sum(len(s.token_ids) for s in samples[part]) / k, tuple(texts[part])))
+            group.problem.id, group.problem.family, k, sum(o.correct for o in mine), len(reasons),
+            sum(len(o.token_ids) for o in mine) / k, tuple(o.text for o in mine), tuple(reasons)))
     return Evaluation(k, tuple(results))

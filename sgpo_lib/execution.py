@@ -24,7 +24,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,8 +32,8 @@ from nbclient.exceptions import CellExecutionError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 
-from sgpo_lib.redaction import Redactor
-from sgpo_lib.runs import write_atomic
+from sgpo_lib.redaction import Redactor, lines_into
+from sgpo_lib.storage import write_atomic
 
 ENGINE = "sgpo"
 KILL_AFTER_S = 10.0
@@ -124,16 +123,19 @@ class SavedWhole(NotebookExecutionManager):
 
     def save(self, **kwargs: Any) -> None:
         """Replace the file. A full disk is no reason to end a run: the copy that is there stays."""
-        with contextlib.suppress(OSError):
-            write_atomic(self._path, nbformat.writes(self._redact.nested(kwargs.get("nb") or self.nb)))
+        with contextlib.suppress(OSError):  # the last save, below, tells
+            self._write(kwargs.get("nb") or self.nb)
         self.last_save_time = self.now()
 
+    def _write(self, nb: Any) -> None:
+        write_atomic(self._path, nbformat.writes(self._redact.nested(nb)))
+
     def notebook_complete(self, **kwargs: Any) -> None:
-        """Papermill's, but what did not run is not marked as completed."""
+        """Papermill's, but what did not run is not marked as completed. Raises DiskFull where it cannot be saved."""
         self.end_time = self.now()
         self.nb.metadata.papermill["end_time"] = self.end_time.isoformat()
         self.nb.metadata.papermill["duration"] = (self.end_time - self.start_time).total_seconds()
-        self.save()
+        self._write(self.nb)
 
 
 class Client(PapermillNotebookClient):
@@ -146,7 +148,8 @@ class Client(PapermillNotebookClient):
     def execute(self, **kwargs: Any) -> Any:
         """Start the kernel, run the cells, end it."""
         self.reset_execution_trackers()
-        with (_lines_into(self._raw, lambda: self._control.finished) as pipe,
+        # a kernel that is shut down says that it was interrupted: nobody wants to read that
+        with (lines_into(self._raw.write, lambda: self._control.finished) as pipe,
               self.setup_kernel(stdout=pipe, stderr=pipe, **kwargs)):
             self._request(_KEEP_SIGUSR1_OUT)
             self.papermill_execute_cells()
@@ -206,26 +209,3 @@ class Engine(NBClientEngine):
 
 
 papermill_engines.register(ENGINE, Engine)
-
-
-@contextlib.contextmanager
-def _lines_into(log: Log, deaf: Callable[[], bool]) -> Iterator[int]:
-    """A file descriptor whose text goes to a log. Processes that outlive the kernel do not hold it up.
-
-    `deaf`: when to drop it; a kernel that is shut down says that it was interrupted.
-    """
-    reading, writing = os.pipe()
-
-    def copy() -> None:
-        with os.fdopen(reading, "r", encoding="utf-8", errors="replace") as stream:
-            for line in stream:
-                if not deaf():
-                    log.write(line)
-
-    thread = threading.Thread(target=copy, daemon=True)
-    thread.start()
-    try:
-        yield writing
-    finally:
-        os.close(writing)
-        thread.join(timeout=1.0)

@@ -6,20 +6,19 @@ CSV has every digit; Markdown and LaTeX are rounded for reading. Writing the sam
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from pandas.io.formats.style import Styler
 
+from sgpo_lib import escaping
 from sgpo_lib.figures import method_style
-from sgpo_lib.runs import write_atomic
 from sgpo_lib.static_images import write_image
+from sgpo_lib.storage import write_atomic
 
-_LATEX = {"&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_", "$": r"\$", "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}",
-          "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "−": "$-$", "–": "--", "α": r"$\alpha$"}
 _HEADS = {"test": "test accuracy", "transfer": "unseen families", "transfer_difference": "unseen families, difference",
           "speed": "mean accuracy while training", "speed_difference": "while training, difference",
           "published": "published (points)"}
@@ -70,21 +69,33 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A pipe table of a frame of texts."""
+    """A pipe table of a frame of texts; no cell can hold markup, HTML, a link or a picture."""
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(str(c).replace("|", "\\|").replace("\n", " ") for c in cells) + " |\n"
-    return line(list(table.columns)) + line(["---"] * len(table.columns)) + "".join(
+        return "| " + " | ".join(map(escaping.markdown, cells)) + " |\n"
+    return line(list(table.columns)) + "| --- " * len(table.columns) + "|\n" + "".join(
         line(list(row)) for row in table.itertuples(index=False))
 
 
 def latex(table: pd.DataFrame, caption: str) -> str:
     """A booktabs longtable (it may run over pages) of a frame of texts; every special character is escaped."""
-    def cell(text: object) -> str:
-        return re.sub(r"[&%#_$~^\\{}−–α]", lambda m: _LATEX[m.group()], str(text))
-    rows = "".join(" & ".join(cell(c) for c in row) + " \\\\\n" for row in table.itertuples(index=False))
-    head = " & ".join(cell(c) for c in table.columns)
-    return (f"\\begin{{longtable}}{{{'l' * len(table.columns)}}}\n\\caption{{{cell(caption)}}} \\\\\n"
+    rows = "".join(" & ".join(map(escaping.latex, row)) + " \\\\\n" for row in table.itertuples(index=False))
+    head = " & ".join(map(escaping.latex, table.columns))
+    return (f"\\begin{{longtable}}{{{'l' * len(table.columns)}}}\n\\caption{{{escaping.latex(caption)}}} \\\\\n"
             f"\\toprule\n{head} \\\\\n\\midrule\n\\endhead\n{rows}\\bottomrule\n\\end{{longtable}}\n")
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    """The table as CSV with every digit; no text in it is a formula to a spreadsheet."""
+    return table.map(escaping.csv_cell).rename(columns=escaping.csv_cell).to_csv(index=False)
+
+
+def shown(table: pd.DataFrame, form: str | None = None) -> Styler:
+    """The table in a notebook with a style, every text as it is: pandas' styles escape nothing by themselves.
+
+    `form`: how its values are written, such as `{:.0%}`.
+    """
+    styled = table.style.format(form, escape="html")
+    return styled.format_index(escape="html", axis=0).format_index(escape="html", axis=1)
 
 
 def write_exports(folder: Path, tables: Mapping[str, tuple[str, pd.DataFrame]],
@@ -98,15 +109,16 @@ def write_exports(folder: Path, tables: Mapping[str, tuple[str, pd.DataFrame]],
     for name, (caption, table) in tables.items():
         if table.empty:
             continue
-        shown = readable(table)
-        for suffix, content in (("csv", table.to_csv(index=False)), ("tex", latex(shown, caption))):
+        told = readable(table)
+        for suffix, content in (("csv", csv_text(table)), ("tex", latex(told, caption))):
             written.append(folder / f"{name}.{suffix}")
             write_atomic(written[-1], content)
-        text += f"\n## {caption}\n\n[{name}.csv]({name}.csv), [{name}.tex]({name}.tex)\n\n{markdown(shown)}"
+        text += (f"\n## {escaping.markdown(caption)}\n\n[{name}.csv]({name}.csv), [{name}.tex]({name}.tex)\n\n"
+                 f"{markdown(told)}")
     for name, (caption, figure) in pictures.items():
         if not figure.data:
             continue
         written += [write_image(figure, folder / f"{name}.{suffix}") for suffix in ("png", "svg")]
-        text += f"\n## {caption}\n\n![{caption}]({name}.png)\n"
+        text += "\n## {0}\n\n![{0}]({1}.png)\n".format(escaping.markdown(caption), name)
     write_atomic(folder / "results.md", text)
     return [*written, folder / "results.md"]

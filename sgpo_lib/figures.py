@@ -2,6 +2,7 @@
 
 One look for all: a method has the same colour and dash everywhere (Okabe and Ito's colours, told apart by colour-blind
 readers), axes carry units, the legend tells the number of seeds. Missing columns give an empty figure that says so.
+plotly reads tags in texts; every function that draws is `plain`, so that names and labels stay what they are.
 
 The frames: `metrics` has one row per logged step with the columns run, profile, method, seed, kind, step and the
 metrics of `metrics.jsonl`; `summaries` one row per finished run. `frames.py` makes both from run folders.
@@ -9,13 +10,18 @@ metrics of `metrics.jsonl`; `summaries` one row per finished run. `frames.py` ma
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from sgpo_lib.escaping import label
+
+P = ParamSpec("P")
 METHODS = {  # name: label, colour, dash
     "sgpo": ("SGPO", "#0072B2", "solid"),
     "base": ("base", "#7F7F7F", "dot"),
@@ -77,6 +83,31 @@ def template(dark: bool = False) -> go.layout.Template:
         "legend": {"orientation": "h", "y": -0.2, "yanchor": "top", "x": 0, "font": {"size": 13}},
         "hoverlabel": {"bgcolor": back, "font": {"color": ink}}, "colorway": [v[1] for v in METHODS.values()],
     })
+
+
+def plain(draw: Callable[P, go.Figure]) -> Callable[P, go.Figure]:
+    """Decorator of a function that draws: names, titles, categories and other texts of its figure are shown as they
+    are, long ones shortened (`escaping.label`); no tag in them is read."""
+    def text(value: Any) -> Any:
+        return label(value) if isinstance(value, str) else value
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> go.Figure:
+        figure = draw(*args, **kwargs)
+        for trace in figure.data:
+            for name in {"name", "text", "x", "y"} & set(trace):
+                held = trace[name]
+                if isinstance(held, str) or (held is not None and any(isinstance(v, str) for v in held)):
+                    trace[name] = text(held) if isinstance(held, str) else [text(v) for v in held]
+        for part in (figure.layout, *figure.select_xaxes(), *figure.select_yaxes()):
+            part.title.text = text(part.title.text)
+        for axis in (*figure.select_xaxes(), *figure.select_yaxes()):
+            for name in ("categoryarray", "ticktext"):
+                if axis[name] is not None:
+                    axis[name] = [text(v) for v in axis[name]]
+        return figure.for_each_annotation(lambda note: note.update(text=text(note.text)))
+
+    return drawn
 
 
 def method_style(method: str) -> tuple[str, str, str]:
@@ -155,6 +186,7 @@ def methods_of(df: pd.DataFrame) -> list[str]:
     return known + sorted(set(df["method"]) - set(known))
 
 
+@plain
 def learning_curves(df: pd.DataFrame, metric: str = "accuracy", kind: str = "eval", title: str = "") -> go.Figure:
     """A metric over steps, per method: mean over seeds, band of the 95% t-interval from two seeds on."""
     label = LABELS.get(metric, metric)
@@ -170,6 +202,7 @@ def learning_curves(df: pd.DataFrame, metric: str = "accuracy", kind: str = "eva
     return figure
 
 
+@plain
 def training_panel(df: pd.DataFrame) -> go.Figure:
     """Six small multiples over the training steps: rewards, alpha, entropy, length, KL, problems with a target."""
     cells = [["reward_autonomous", "reward_guided"], ["alpha"], ["entropy"], ["response_length"],
@@ -203,6 +236,7 @@ def training_panel(df: pd.DataFrame) -> go.Figure:
     return figure
 
 
+@plain
 def alpha_against_pass_rate(df: pd.DataFrame) -> go.Figure:
     """Mean alpha and the autonomous pass rate of SGPO runs on one step axis: guidance fades as the policy learns."""
     title = "SGPO: pass rates and the weight of distillation"
@@ -221,6 +255,7 @@ def alpha_against_pass_rate(df: pd.DataFrame) -> go.Figure:
     return figure
 
 
+@plain
 def phase_seconds(df: pd.DataFrame) -> go.Figure:
     """Stacked bars: mean seconds of a training step by phase, per method; `rest` is what seconds_step has beyond."""
     title = "Where the time of a training step goes"
@@ -247,6 +282,7 @@ def phase_seconds(df: pd.DataFrame) -> go.Figure:
     return figure
 
 
+@plain
 def pass_rates(df: pd.DataFrame) -> go.Figure:
     """Guided against autonomous pass rate, one point per problem; above the line the strategy helps.
 
@@ -277,6 +313,7 @@ def pass_rates(df: pd.DataFrame) -> go.Figure:
     return figure
 
 
+@plain
 def step_bars(df: pd.DataFrame) -> go.Figure:
     """Mean KL of the tokens of each step of a solution; with `sft_loss` that as a second bar.
 

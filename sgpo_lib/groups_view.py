@@ -5,17 +5,16 @@ No script; model text is escaped, and characters that could reorder what is arou
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
 from sgpo_lib.config import MethodConfig
+from sgpo_lib.escaping import Html
 from sgpo_lib.evaluation import mean_interval
 from sgpo_lib.losses.guidance_weight import adaptive_weight
 from sgpo_lib.records import Rollout, RolloutGroup
-from sgpo_lib.widgets.token_kl.static import visible
 
 _COLOURS = {"correct": "#00795a", "wrong": "#b34700", "unverifiable": "#6b6b6b"}
 _BOX = ("border:1px solid var(--jp-border-color2,#c4c4c4);border-left:4px solid {colour};border-radius:4px;"
@@ -24,44 +23,40 @@ _BOX = ("border:1px solid var(--jp-border-color2,#c4c4c4);border-left:4px solid 
 _COLUMN = "vertical-align:top;width:50%;padding:0 8px;text-align:left;background:transparent"
 
 
-def group_html(group: RolloutGroup, most: int = 4, characters: int = 600) -> str:
+def group_html(group: RolloutGroup, most: int = 4, characters: int = 600) -> Html:
     """Problem and strategy, then autonomous and guided responses beside each other with verdict, answer and length.
 
     `most`: responses of each group that are shown; `characters`: of a longer one the middle is left out.
     Raises ValueError where a response has not been judged.
     """
-    def column(name: str, responses: Sequence[Rollout]) -> str:
+    def column(name: str, responses: Sequence[Rollout]) -> Html:
         passed = sum(o.reward for o in responses)
         left = f", {len(responses) - most} more not shown" if len(responses) > most else ""
-        head = f"<b>{name}</b>: {passed:g} of {len(responses)} correct{left}"
-        return f'<td style="{_COLUMN}">{head}{"".join(_box(o, characters) for o in responses[:most])}</td>'
+        return Html('<td style="{}"><b>{}</b>: {:g} of {} correct{}{}</td>').format(
+            _COLUMN, name, passed, len(responses), left, Html("").join(_box(o, characters) for o in responses[:most]))
 
     strategy = group.problem.strategy
-    told = "" if strategy is None else (
-        f"<div><b>Strategy</b> {_safe(strategy.problem_type)}: {_safe(strategy.strategy)}<br>"
-        + "<br>".join(f"({chr(97 + i)}) {_safe(step)}" for i, step in enumerate(strategy.steps)) + "</div>")
-    return (f'<div style="color:var(--jp-ui-font-color1,#1b1b1b)"><div style="white-space:pre-wrap">'
-            f"<b>Problem</b> {_safe(group.problem.prompt)}</div>{told}"
-            f'<table style="width:100%;table-layout:fixed;border-collapse:collapse"><tr>'
-            f"{column('autonomous', group.autonomous)}{column('guided', group.guided)}</tr></table></div>")
+    told = Html("") if strategy is None else Html("<div><b>Strategy</b> {}: {}<br>{}</div>").format(
+        strategy.problem_type, strategy.strategy,
+        Html("<br>").join(f"({chr(97 + i)}) {step}" for i, step in enumerate(strategy.steps)))
+    return Html('<div class="mathjax_ignore tex2jax_ignore" style="color:var(--jp-ui-font-color1,#1b1b1b)">'
+                '<div style="white-space:pre-wrap"><b>Problem</b> {}</div>{}'
+                '<table style="width:100%;table-layout:fixed;border-collapse:collapse"><tr>{}{}</tr></table>'
+                "</div>").format(
+        group.problem.prompt, told, column("autonomous", group.autonomous), column("guided", group.guided))
 
 
-def _box(o: Rollout, characters: int) -> str:
+def _box(o: Rollout, characters: int) -> Html:
     assert o.verdict  # its reward was read
     colour, half = _COLOURS[o.verdict.status], characters // 2
     text = o.text if len(o.text) <= characters else f"{o.text[:half]} [...] {o.text[-half:]}"
     why = f" ({o.verdict.reason})" if o.verdict.reason else ""
     answer = f", answer {o.verdict.answer[:80]}" if o.verdict.answer else ""
     end = ", cut off" if o.stop == "length" else ""
-    head = _safe(f"{o.verdict.status}{why}{answer}, {len(o.token_ids)} tokens{end}")
+    head = f"{o.verdict.status}{why}{answer}, {len(o.token_ids)} tokens{end}"
     ink = f"color-mix(in srgb, {colour} 60%, var(--jp-ui-font-color1,#1b1b1b))"  # readable on light and dark pages
-    return (f'<div style="{_BOX.format(colour=colour)}"><span style="color:{ink};font-weight:600">{head}</span>\n'
-            f"{_safe(text)}</div>")
-
-
-def _safe(text: str) -> str:
-    """Escaped text; line ends stay as they are."""
-    return html.escape("\n".join(visible(line) for line in text.split("\n")))
+    return Html('<div style="{}"><span style="color:{};font-weight:600">{}</span>\n{}</div>').format(
+        _BOX.format(colour=colour), ink, head, text)
 
 
 def guidance_frame(groups: Sequence[RolloutGroup], method: MethodConfig) -> pd.DataFrame:

@@ -18,7 +18,8 @@ from sgpo_lib.policy_sources import open_policy
 from sgpo_lib.problems import load
 from sgpo_lib.prompts import prompt_ids
 from sgpo_lib.records import Problem, Rollout, RolloutGroup, Verdict
-from sgpo_lib.runs import Run, read_jsonl
+from sgpo_lib.runs import Run
+from sgpo_lib.storage import read_jsonl
 from sgpo_lib.widgets.token_kl import TokenKL
 
 MOST_TOKENS = 12_000
@@ -35,7 +36,7 @@ def kl_microscope(run: Run, policy: Policy | None = None, *, most_tokens: int = 
     if not files:
         return f"{run.folder.name} has no stored responses (supervised runs sample none): no token KL to show"
     problems = {p.id: p for p in load(run.config.data).train}
-    groups = stored_groups(read_jsonl(files[-1]), problems)
+    groups = stored_groups(read_jsonl(files[-1], {"problem": str, "tokens": list}), problems)
     if not groups:
         return f"{run.folder.name}: no problem of {files[-1].name} has a strategy: no token KL to show"
     policy, chosen = policy or open_policy(str(run.folder)), run.config

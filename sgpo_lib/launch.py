@@ -23,10 +23,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 import yaml
 
 from sgpo_lib import endings
-from sgpo_lib.jobs import JobResult, find_notebook, job_key, place_parameters, read_job, up_to_date
+from sgpo_lib.checkpoints import clear
+from sgpo_lib.escaping import visible
+from sgpo_lib.jobs import JobResult, find_notebook, job_key, load_notebook, place_parameters, read_job, up_to_date
 from sgpo_lib.pages import KL_PAGE, PLOTLY_TAG, notebook_html, put_plotly
 from sgpo_lib.redaction import Redactor
-from sgpo_lib.runs import locked, write_atomic
+from sgpo_lib.runs import locked
+from sgpo_lib.storage import DiskFull, disk_full, write_atomic
 
 if TYPE_CHECKING:
     from sgpo_lib.execution import Control
@@ -47,7 +50,8 @@ _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 class LogWriter:
     """A text file to which the notebook's output goes line by line, flushed at once, and optionally a terminal.
 
-    A line that a progress bar rewrites with carriage returns is kept in its last form; secrets are replaced.
+    A line that a progress bar rewrites with carriage returns is kept in its last form; secrets are replaced, colours
+    dropped, and what else would steer a terminal stands as a code.
     """
 
     def __init__(self, file: TextIO, echo: TextIO | None, prefix: str, redact: Callable[[str], str]):
@@ -70,9 +74,10 @@ class LogWriter:
             self._open = ""
 
     def _line(self, line: str) -> None:
-        shown = self._redact(_ANSI.sub("", line.rstrip("\r").rpartition("\r")[2]))
-        self._file.write(shown + "\n")
-        self._file.flush()
+        shown = visible(self._redact(_ANSI.sub("", line.rstrip("\r").rpartition("\r")[2])))
+        with contextlib.suppress(OSError):  # a full disk ends no run: the line waits in the file's buffer
+            self._file.write(shown + "\n")
+            self._file.flush()
         if self._echo:
             self._echo.write(f"{self._prefix}{shown}\n")
             self._echo.flush()
@@ -100,6 +105,7 @@ def run_notebook(notebook: str | Path, parameters: Mapping[str, Any], job: Path,
         result = read_job(job)
         return JobResult(**{**vars(result), "fresh": False})
     with locked(job):
+        clear(job)
         for old in ("DONE", "FAILED.json", "runs.txt", "STOP", KL_PAGE):
             (job / old).unlink(missing_ok=True)
         write_atomic(job / "parameters.yaml", yaml.safe_dump(
@@ -108,7 +114,7 @@ def run_notebook(notebook: str | Path, parameters: Mapping[str, Any], job: Path,
 
         start, redact, control = time.time(), Redactor(), Control(job, time_limit)
         with _signals(control, GRACE_S if grace is None else grace):
-            with (job / "log.txt").open("w", encoding="utf-8") as file:
+            with _log_file(job) as file:
                 log, raw = (LogWriter(file, echo, f"{job.name}: ", redact) for _ in range(2))
                 failure = _execute(path, placed, control, log, raw, redact)
                 ended = not control.finished and not failure
@@ -118,10 +124,8 @@ def run_notebook(notebook: str | Path, parameters: Mapping[str, Any], job: Path,
                     log.write(f"\nstopped ({control.why or 'STOP'}). The same command continues\n")
                 raw.close()
                 log.close()
-            page = notebook_html(job / "notebook.ipynb")
-            if PLOTLY_TAG in page:
-                put_plotly(job, link=True)
-            write_atomic(job / "report.html", page)
+            unwritten = _write_page(job)  # of a failed job too
+            failure = failure or unwritten
             told = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(time.time() - start, 1),
                     "host": socket.gethostname(), "key": key}
             if not ended:
@@ -140,9 +144,9 @@ def _execute(path: Path, placed: dict[str, Any], control: Control, log: LogWrite
     from sgpo_lib.execution import ENGINE
 
     executed, kills = control.job / "notebook.ipynb", endings.oom_kills()
-    executed.unlink(missing_ok=True)
     failure: dict[str, Any] | None = None
-    try:
+    try:  # what an earlier execution left is not shown as ours
+        write_atomic(executed, json.dumps(redact.nested(load_notebook(path)), indent=1))
         with control, _this_python() as manager, _environ(PLOTLY_RENDERER="plotly_mimetype",
                                                           SGPO_JOB=str(control.job)):
             papermill.execute_notebook(
@@ -152,7 +156,7 @@ def _execute(path: Path, placed: dict[str, Any], control: Control, log: LogWrite
                 control=control, redact=redact, raw=raw)
     except papermill.PapermillExecutionError as error:
         failure = {**endings.of_cell(error.ename, _ANSI.sub("", error.evalue)),
-                   "traceback": _ANSI.sub("", "\n".join(error.traceback))[-8000:]}
+                   "traceback": redact(_ANSI.sub("", "\n".join(error.traceback)))[-8000:]}
         if not control.finished:
             _mark_error(executed, error)
     except Exception as error:  # a remote engine enters here: kernel that dies, does not start, loses its sockets
@@ -160,10 +164,8 @@ def _execute(path: Path, placed: dict[str, Any], control: Control, log: LogWrite
         if failure["error"] == "DeadKernelError" or failure["message"].startswith("Kernel died"):
             status = control.kernel.poll() if control.kernel else None
             failure = endings.of_kernel(status, endings.oom_kills() > kills)
-    if not executed.exists():
-        executed.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     _trust(executed)
-    if control.finished:
+    if control.finished and not (failure and failure["error"] == DiskFull.__name__):
         return None  # an error that a cell tagged `raises-exception` shows on purpose
     if control.why == "time limit":
         failure = {**endings.of_time_limit(control.time_limit or 0.0), **{k: v for k, v in (failure or {}).items()
@@ -174,6 +176,31 @@ def _execute(path: Path, placed: dict[str, Any], control: Control, log: LogWrite
     if not failure:  # SystemExit is the only error that Papermill passes over
         failure = endings.of_sentinel() if control.answered else endings.of_cell("SystemExit", "")
     return {"cell": _code_cell(executed), **failure}
+
+
+@contextlib.contextmanager
+def _log_file(job: Path) -> Iterator[TextIO]:
+    file = (job / "log.txt").open("w", encoding="utf-8")
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):  # a full disk: what else could not be written tells
+            file.close()
+
+
+def _write_page(job: Path) -> dict[str, Any] | None:
+    """Write the executed notebook as a page. Returns the failure where the disk is full."""
+    page = notebook_html(job / "notebook.ipynb")
+    try:
+        if PLOTLY_TAG in page:
+            put_plotly(job, link=True)
+        write_atomic(job / "report.html", page)
+    except OSError as error:
+        full = disk_full(error, job, len(page.encode("utf-8")))
+        if full is None:
+            raise
+        return {"error": DiskFull.__name__, "message": str(full)}
+    return None
 
 
 def _mark_error(executed: Path, error: Any) -> None:

@@ -27,6 +27,7 @@ from sgpo_lib.config import RunConfig
 from sgpo_lib.plan_setup import BYTES, machine_memory
 from sgpo_lib.policy import pick_device
 from sgpo_lib.shapes import GIB, shape_of
+from sgpo_lib.weight_files import announce_code
 
 _FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
            "vocab_size", "max_position_embeddings")
@@ -60,6 +61,8 @@ def least(config: RunConfig, source: str) -> Need:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model, rollout, workers = config.model, config.rollout, config.compute.workers
+    if model.trust_remote_code:
+        announce_code(source)
     found = AutoConfig.from_pretrained(source, trust_remote_code=model.trust_remote_code,
                                        **({"revision": model.revision} if model.revision else {}))
     with torch.device("meta"):

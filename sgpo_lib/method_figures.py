@@ -5,12 +5,13 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from sgpo_lib.figures import AUTONOMOUS, GUIDED, missing, template
+from sgpo_lib.figures import AUTONOMOUS, GUIDED, missing, plain, template
 
 COLOURS = (AUTONOMOUS, "#D55E00", "#009E73", GUIDED, "#CC79A7", "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
 
+@plain
 def lines(df: pd.DataFrame, x: str, y: str, by: str, title: str, labels: tuple[str, str]) -> go.Figure:
     """One line per value of the column `by`, told apart by colour and dash; `labels` are the axis titles."""
     if empty := missing(df, [x, y, by], title):
@@ -24,6 +25,7 @@ def lines(df: pd.DataFrame, x: str, y: str, by: str, title: str, labels: tuple[s
     return figure
 
 
+@plain
 def masked_tokens(df: pd.DataFrame, delta: float) -> go.Figure:
     """Divergence of each token, those beyond delta hatched (Eq. 5). Columns token, kl (nats)."""
     title = f"Which tokens are learned: d ≤ delta = {delta:g} nats"
@@ -41,6 +43,7 @@ def masked_tokens(df: pd.DataFrame, delta: float) -> go.Figure:
     return figure
 
 
+@plain
 def weight_map(df: pd.DataFrame) -> go.Figure:
     """alpha(q) over both pass rates as a map with contours. Columns p_auto, p_guide, alpha."""
     title = "alpha(q) over both pass rates (Eq. 6)"

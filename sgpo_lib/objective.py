@@ -23,6 +23,7 @@ import torch
 
 from sgpo_lib.batching import Row, TokenBatch
 from sgpo_lib.config import MethodConfig
+from sgpo_lib.guards import KL, LOGP, LOSS
 from sgpo_lib.losses.distillation import clipped_kl_loss, select_targets
 from sgpo_lib.losses.grpo import entropy_bonus, group_advantages, grpo_loss
 from sgpo_lib.losses.guidance_weight import adaptive_weight, group_advantage_weight
@@ -90,7 +91,9 @@ def _reach(session: Session, groups: Sequence[RolloutGroup]) -> dict[int, float]
     reach: dict[int, float] = {}
     for part in session.micro_batches(rows, learns=False):
         batch = _token_batch(session, rows, part)
-        sums_B = sum_by_row(session.logp_and_entropy(batch)[0], batch.row_N, len(part))
+        logp_N = session.logp_and_entropy(batch)[0]
+        session.guard.note("choice of the target", [correct[i][1] for i in part], batch.length_B, {LOGP: logp_N})
+        sums_B = sum_by_row(logp_N, batch.row_N, len(part))
         reach.update({id(correct[i][1]): value for i, value in zip(part, sums_B.tolist(), strict=True)})
     return reach
 
@@ -116,7 +119,9 @@ def autonomous_logp(session: Session, works: Sequence[ProblemWork]) -> dict[int,
     old: dict[int, torch.Tensor] = {}
     for part in session.micro_batches(rows, learns=False):
         batch = _token_batch(session, rows, part)
-        pieces = session.logp_and_entropy(batch)[0].split(batch.length_B.tolist())
+        logp_N = session.logp_and_entropy(batch)[0]
+        session.guard.note("before the first update", [rollouts[i] for i in part], batch.length_B, {LOGP: logp_N})
+        pieces = logp_N.split(batch.length_B.tolist())
         old.update({id(rollouts[i]): piece for i, piece in zip(part, pieces, strict=True)})
     return old
 
@@ -190,14 +195,18 @@ def accumulate_policy_gradient(session: Session, works: Sequence[ProblemWork],
             sampler_N = torch.tensor([x for i in part for x in flat[i][0].sampler_logp], device=device)
             sums.update({"entropy_sum": float(entropy_N.detach().sum()), "measured_token_count": len(sampler_N),
                          "gap_sum": float((old_N - sampler_N).abs().sum())})
+            samples = [flat[i][0] for i in part]
             if not learns:
+                session.guard.note("policy gradient", samples, batch.length_B, {LOGP: logp_N})
                 continue
             advantage_B = torch.tensor([flat[i][1] for i in part], dtype=logp_N.dtype, device=device)
             weight_N = token_weights(method.aggregation, batch.length_B, batch.row_N, counts, logp_N.dtype)
             output = grpo_loss(logp_N, old_N, batch.spread(advantage_B), weight_N, method.clip_low, method.clip_high)
             sums.update(output.metrics)
             sums.update({"loss_grpo": float(output.loss.detach())})
-            session.backward(output.loss + _bonus(method, entropy_N, weight_N, sums))
+            loss = output.loss + _bonus(method, entropy_N, weight_N, sums)
+            session.guard.note("policy gradient", samples, batch.length_B, {LOGP: logp_N, LOSS: loss})
+            session.backward(loss)
 
 
 def _bonus(method: MethodConfig, entropy_N: torch.Tensor, weight_N: torch.Tensor, sums: Sums) -> torch.Tensor | float:
@@ -228,7 +237,9 @@ def accumulate_expert(session: Session, works: Sequence[ProblemWork], counts: Co
             share_B = torch.full((len(part),), method.expert_coefficient / problems, dtype=logp_N.dtype,
                                  device=device)
             output = sft_loss(logp_N, response_mean_weights(batch.length_B, batch.row_N, share_B))
-        session.backward(output.loss + _bonus(method, entropy_N, weight_N, sums))
+        loss = output.loss + _bonus(method, entropy_N, weight_N, sums)
+        session.guard.note("expert solutions", [chosen[i][1] for i in part], batch.length_B, {LOGP: logp_N, LOSS: loss})
+        session.backward(loss)
         sums.update({"loss_expert": float(output.loss.detach()), "expert_p_sum": float(logp_N.detach().exp().sum()),
                      "expert_token_count": len(logp_N)})
 
@@ -247,13 +258,15 @@ def accumulate_distillation(session: Session, works: Sequence[ProblemWork], prob
         weight_N = response_mean_weights(batch.length_B, batch.row_N, share_B)
         if method.distillation == "cross_entropy":
             logp_N, _ = session.logp_and_entropy(batch)
-            output = sft_loss(logp_N, weight_N.to(logp_N.dtype))
+            output, values = sft_loss(logp_N, weight_N.to(logp_N.dtype)), {LOGP: logp_N}
         else:
             guided_hidden_NH, guided_head = session.guided_side.states(_token_batch(session, guided_rows, part))
             kl_N = DIVERGENCES[method.distillation](
                 guided_hidden_NH, session.policy.response_hidden(batch), session.policy.head(),
                 session.config.train.kl_chunk_tokens, guided_head)
             output = clipped_kl_loss(kl_N, weight_N.to(kl_N.dtype), method.kl_delta, method.kl_clip)
+            values = {KL: kl_N}
+        session.guard.note("distillation", [chosen[i][1] for i in part], batch.length_B, {**values, LOSS: output.loss})
         session.backward(output.loss)
         sums.update(output.metrics)
         sums.update({"loss_kd": float(output.loss.detach())})

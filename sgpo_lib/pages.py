@@ -4,13 +4,17 @@ nbconvert writes the page; what it would fetch from the network is replaced: req
 formulas are drawn here as SVG (matplotlib's mathtext; TeX source where it cannot), and plotly figures, which the
 executed notebook holds as `application/vnd.plotly.v1+json`, are drawn by the `plotly.min.js` that `put_plotly` lays
 beside the page.
+
+The page's Content-Security-Policy lets no other script run and asks no other machine, whatever a cell put out as HTML:
+scripts in the outputs of other libraries do not run either.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
-import html
+import hashlib
 import io
 import json
 import os
@@ -19,23 +23,26 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-PLOTLY_TAG = '<script src="plotly.min.js" charset="utf-8"></script>'
+from sgpo_lib.escaping import Html, json_html, trusted
+
+PLOTLY_TAG = Html('<script src="plotly.min.js" charset="utf-8"></script>')
 """How a page asks for plotly.js; replace it to point elsewhere."""
 KL_PAGE = "token_kl.html"
 """The KL microscope of a job, beside its page, where the notebook wrote one (kl_page.py)."""
-KL_LINK = (f'<p class="sgpo-kl"><a href="{KL_PAGE}">KL of every token, interactive</a>: what the strategy changes in '
-           "the last responses of this run. It opens offline.</p>")
+KL_LINK = Html('<p class="sgpo-kl"><a href="{}">KL of every token, interactive</a>: what the strategy changes in '
+               "the last responses of this run. It opens offline.</p>").format(KL_PAGE)
 """How a page leads to it; replace the name to point elsewhere."""
 _MIME = "application/vnd.plotly.v1+json"
 _WIDGET = "application/vnd.jupyter.widget-view+json"
-FIGURE_SCRIPT = """<script>
+_DRAW = """
 (function () {
-  var dark = window.matchMedia("(prefers-color-scheme: dark)");
+  var dark = window.matchMedia("(prefers-color-scheme: dark)"), held = document.getElementById("sgpo-dark");
+  var template = held && JSON.parse(held.textContent);
   function look() {
     document.querySelectorAll(".sgpo-figure").forEach(function (div) {
       var f = div.figure || (div.figure = JSON.parse(div.querySelector("script").textContent));
       var layout = Object.assign({}, f.layout, {width: undefined});
-      if (dark.matches && window.sgpoDark) layout.template = window.sgpoDark;
+      if (dark.matches && template) layout.template = template;
       Plotly.react(div.querySelector(".sgpo-plot"), f.data, layout,
         {responsive: true, displaylogo: false, displayModeBar: window.innerWidth < 700 ? false : undefined});
     });
@@ -43,9 +50,18 @@ FIGURE_SCRIPT = """<script>
   look();
   dark.addEventListener("change", look);
 })();
-</script>"""
+"""
+FIGURE_SCRIPT = Html("<script>{}</script>").format(trusted(_DRAW))
 """Draws every figure of the page, in the dark look where the reader's system asks for it and the page has one."""
-_STYLE = """<style>
+_DIGEST = base64.b64encode(hashlib.sha256(_DRAW.encode()).digest()).decode()
+POLICY = Html('<meta http-equiv="Content-Security-Policy" content="{}">').format(
+    f"default-src 'none'; script-src 'self' file: 'sha256-{_DIGEST}'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "font-src data:; media-src data:; base-uri 'none'; form-action 'none'")
+"""What a page may use: plotly.js beside it, FIGURE_SCRIPT, and styles and pictures inside it. First in the head."""
+_HEAD_TAGS = re.compile(r"<(?=(?:meta|link|base)\b)", re.IGNORECASE)
+"""Beginnings of tags that have no business in a cell's output: the policy does not stop them from leading elsewhere."""
+_MARKUP = {"text/html", "text/markdown", "text/latex", "image/svg+xml"}
+_STYLE = Html("""<style>
 body.jp-Notebook { max-width: 1000px; margin: 0 auto; padding: 24px 16px 64px; }
 .jp-InputPrompt, .jp-OutputPrompt { display: none; }
 .jp-Cell { padding: 4px 0; }
@@ -54,7 +70,7 @@ body.jp-Notebook { max-width: 1000px; margin: 0 auto; padding: 24px 16px 64px; }
 .sgpo-display { display: block; margin: 0.8em auto; }
 .sgpo-kl { font: 15px system-ui, sans-serif; margin: 0 0 1em; padding: 0.6em 1em;
   border: 1px solid #8886; border-radius: 6px; }
-</style>"""
+</style>""")
 
 
 def put_plotly(folder: Path, link: bool = False) -> None:
@@ -71,13 +87,13 @@ def put_plotly(folder: Path, link: bool = False) -> None:
     shutil.copyfile(source, target)
 
 
-def figure_html(figure: dict[str, Any] | str) -> str:
+def figure_html(figure: dict[str, Any] | str) -> Html:
     """A place for one plotly figure (dict or JSON text) that FIGURE_SCRIPT draws."""
     text = figure if isinstance(figure, str) else json.dumps(figure)
-    height = (json.loads(text).get("layout") or {}).get("height") or 450
-    text = text.replace("<", "\\u003c")  # no end tag or comment can begin inside
-    return (f'<div class="sgpo-figure" style="min-height:{int(height)}px"><div class="sgpo-plot"></div>'
-            f'<script type="application/json">{text}</script></div>')
+    plain = json.loads(text, parse_constant=lambda _: None)  # NaN: a gap, as plotly writes it
+    height = (plain.get("layout") or {}).get("height") or 450
+    return Html('<div class="sgpo-figure" style="min-height:{:d}px"><div class="sgpo-plot"></div>'
+                '<script type="application/json">{}</script></div>').format(int(height), json_html(plain))
 
 
 def notebook_html(path: Path) -> str:
@@ -94,6 +110,8 @@ def notebook_html(path: Path) -> str:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             data.pop(_WIDGET, None)  # its text stands for it
+            for kind in data.keys() & _MARKUP:
+                data[kind] = _HEAD_TAGS.sub("&lt;", data[kind])
             if _MIME in data:
                 data["text/html"] = figure_html(data.pop(_MIME))
                 figures = True
@@ -104,11 +122,12 @@ def notebook_html(path: Path) -> str:
     page = re.sub(r'<script src="https?:[^>]*>\s*</script>', "", page)
     page = re.sub(r'<!-- Load mathjax -->.*?<!-- End of mathjax configuration -->', "", page, flags=re.S)
     page = re.sub(r'<script type="module">(?:(?!</script>).)*?mermaid.*?</script>', "", page, flags=re.S)
-    scripts = PLOTLY_TAG if figures else ""
-    page = page.replace("</head>", f"{_STYLE}{scripts}</head>", 1)
+    page = page.replace("<head>", Html("<head>") + POLICY, 1)
+    page = page.replace("</head>", _STYLE + (PLOTLY_TAG if figures else Html("")) + Html("</head>"), 1)
     if (path.parent / KL_PAGE).exists():
-        page = re.sub(r"<main>|<body[^>]*>(?!.*<main>)", lambda match: match[0] + KL_LINK, page, count=1, flags=re.S)
-    return page.replace("</body>", f"{FIGURE_SCRIPT}</body>", 1) if figures else page
+        page = re.sub(r"<main>|<body[^>]*>(?!.*<main>)", lambda match: f"{match[0]}{KL_LINK}", page, count=1,
+                      flags=re.S)
+    return page.replace("</body>", FIGURE_SCRIPT + Html("</body>"), 1) if figures else page
 
 
 def _title(nb: Any, path: Path) -> str:
@@ -137,7 +156,7 @@ def _markdown(source: str) -> str:
 
 
 @functools.lru_cache(maxsize=512)
-def math_svg(tex: str, display: bool) -> str:
+def math_svg(tex: str, display: bool) -> Html:
     """A TeX formula as inline SVG; its source as code where mathtext cannot read it or matplotlib is not installed."""
     plain = " ".join(tex.split())
     try:
@@ -148,11 +167,11 @@ def math_svg(tex: str, display: bool) -> str:
         with rc_context({"mathtext.fontset": "cm"}):
             depth = mathtext.math_to_image(f"${plain}$", buffer, prop=FontProperties(size=14 if display else 12),
                                            dpi=72, format="svg")
-    except (ImportError, ValueError):
-        return f"<code>{html.escape(plain)}</code>"
+    except (ImportError, ValueError, RecursionError):  # braces in braces in braces
+        return Html("<code>{}</code>").format(plain)
     svg = re.sub(r".*?(<svg\b)", r"\1", buffer.getvalue(), count=1, flags=re.S)
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
     svg = re.sub(r'<g id="patch_1">.*?</g>', "", svg, count=1, flags=re.S)  # the white background
-    style = "" if display else f' style="vertical-align:-{depth:.1f}pt"'
-    kind = "sgpo-math sgpo-display" if display else "sgpo-math"
-    return svg.replace("<svg ", f'<svg class="{kind}"{style} role="img" aria-label="{html.escape(plain)}" ', 1)
+    kind, style = ("sgpo-math sgpo-display", "") if display else ("sgpo-math", f"vertical-align:-{depth:.1f}pt")
+    return Html('<svg class="{}" style="{}" role="img" aria-label="{}" {}').format(
+        kind, style, plain, trusted(svg.removeprefix("<svg ")))

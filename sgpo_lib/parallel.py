@@ -74,7 +74,7 @@ class Replicated(Policy):
         super().__init__(*args, **kwargs)
         on_gpu = [self.device.index or 0] if self.device.type == "cuda" else None
         self._ddp = nn.parallel.DistributedDataParallel(
-            _Backbone(self._causal_model()), device_ids=on_gpu, broadcast_buffers=False)
+            _Backbone(self.causal_model()), device_ids=on_gpu, broadcast_buffers=False)
         self.world = world
 
     def last_hidden_state(self, **inputs: Tensor | None) -> Tensor:

@@ -14,11 +14,21 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sgpo_lib.batching import Row, TokenBatch
 from sgpo_lib.config import ModelConfig
 from sgpo_lib.losses.head import Head
+from sgpo_lib.weight_files import (
+    RefusedCode,
+    announce_code,
+    load_shards,
+    refused_code,
+    require_header,
+    require_own_tokenizer,
+    require_safetensors,
+)
 
 ADAPTER = "adapter"
 WEIGHTS = "model"
@@ -53,7 +63,7 @@ class Policy:
 
     def last_hidden_state(self, **inputs: Any) -> Tensor:
         """What the backbone, the model below its output matrix, gives for these inputs."""
-        causal = self._causal_model()
+        causal = self.causal_model()
         return getattr(causal, causal.base_model_prefix)(**inputs).last_hidden_state
 
     def settle(self) -> None:
@@ -66,7 +76,7 @@ class Policy:
     def head(self) -> Head:
         """Output matrix, with bias and soft-capping where the model has them. Ask after the hidden states: where
         weights are sharded, a forward pass gathers them."""
-        layer = self._causal_model().get_output_embeddings()
+        layer = self.causal_model().get_output_embeddings()
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return Head(layer.weight, layer.bias, cap or 0.0)
 
@@ -123,6 +133,7 @@ class Policy:
         file = source / ("adapter_model.safetensors" if self.lora else "model.safetensors")
         if not file.exists():
             raise ValueError(f"no weights at {file}: expected what a {'LoRA' if self.lora else 'full'} run saved")
+        require_header(file)
         if self.lora:
             from peft import set_peft_model_state_dict
 
@@ -137,12 +148,11 @@ class Policy:
 
     def _load_shards(self, folder: Path) -> None:
         """Take the weights of a distributed checkpoint; its shards may be of any number of workers."""
-        import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
         self.settle()
         state = {"model": get_model_state_dict(self.model)}
-        dcp.load(state, checkpoint_id=str(folder))
+        load_shards(state, folder)
         set_model_state_dict(self.model, state["model"])
 
     def load_state(self, state: dict[str, Tensor]) -> tuple[list[str], list[str]]:
@@ -161,7 +171,8 @@ class Policy:
         """Names of the parameters that are another one."""
         return set(self.model._tied_weights_keys or ()) if self.model.config.tie_word_embeddings else set()
 
-    def _causal_model(self) -> Any:
+    def causal_model(self) -> Any:
+        """The model itself, below an adapter."""
         return self.model.get_base_model() if self.lora else self.model
 
 
@@ -185,8 +196,9 @@ def pick_device(name: str) -> torch.device:
 def load_policy(config: ModelConfig, source: str, seed: int) -> Policy:
     """Load weights and tokenizer from a folder or hub id, and put a LoRA adapter on them where one is asked for.
 
-    Raises ValueError where the folder does not exist, holds no model or has no tokenizer, or where the model's
-    logits are not its hidden states times its output matrix, soft-capped where its config says so, as in losses/.
+    Raises ValueError where the folder does not exist, holds no model or has no tokenizer, weights that are no
+    safetensors or need code of their own that was not asked for (weight_files.py), or where the model's logits are
+    not its hidden states times its output matrix, soft-capped where its config says so, as in losses/.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging as transformers_logging
@@ -196,19 +208,32 @@ def load_policy(config: ModelConfig, source: str, seed: int) -> Policy:
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
     if looks_local and not (local / "config.json").exists():
         raise ValueError(f"model.source: no model at {local} (expected a folder with config.json and safetensors)")
+    folder = local if local.is_dir() else None  # transformers takes a folder of that name before the hub
+    if folder:
+        require_safetensors(folder)
+    if config.trust_remote_code:
+        announce_code(source)
     kwargs: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if config.revision:
         kwargs["revision"] = config.revision
     try:
+        if not config.trust_remote_code:
+            require_own_tokenizer(str(local if looks_local else source), folder, config.revision)
         tokenizer = AutoTokenizer.from_pretrained(local if looks_local else source, **kwargs)
+    except RefusedCode:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:  # whatever a foreign folder's files provoke
+        if "trust_remote_code" in str(error) and not config.trust_remote_code:
+            raise refused_code(source, folder) from None
         raise ValueError(f"model.source: no usable tokenizer at {source!r} ({str(error).splitlines()[0]}). "
                          "Save one beside the weights, or check the name") from None
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
             local if looks_local else source, dtype=getattr(torch, config.dtype), use_safetensors=True,
             attn_implementation=config.attention, **kwargs)
-    except (OSError, ValueError, ImportError) as error:  # foreign files, an attention that is not installed
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # foreign files, a missing attention
+        if "trust_remote_code" in str(error) and not config.trust_remote_code:
+            raise refused_code(source, folder) from None
         raise ValueError(f"model.source, model.attention: cannot load {source!r} with attention {config.attention!r} "
                          f"({str(error).splitlines()[0]})") from None
     # a model's own generation defaults (repetition penalty, ...) would bend the distribution that is trained on
@@ -242,6 +267,9 @@ def _check_head(policy: Policy) -> None:
     logits = policy.model(input_ids=batch.input_ids_RS, attention_mask=batch.attention_mask_RS).logits
     ours = policy.head().logits(policy.response_hidden(batch))
     policy.model.train()
+    if logits.isnan().any():
+        raise ValueError(f"model.source: {type(policy.model).__name__} gives NaN for logits: its weights hold NaN or "
+                         "infinity, or overflow in model.dtype. Use another base or dtype")
     if not torch.allclose(logits.flatten(0, 1)[batch.predictor_N], ours, rtol=1e-2, atol=1e-2):
         raise ValueError(f"{type(policy.model).__name__}: logits are not hidden states times the output matrix "
                          "and its soft-capping; this model's token KL would be wrong")

@@ -16,6 +16,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from sgpo_lib import checkpoints
 from sgpo_lib.analysis import token_readings
 from sgpo_lib.bases import base_source
 from sgpo_lib.config import ModelConfig
@@ -23,7 +24,8 @@ from sgpo_lib.policy import ADAPTER, WEIGHTS, Policy, load_policy
 from sgpo_lib.readings import TokenReadings
 from sgpo_lib.records import Problem
 from sgpo_lib.runs import Run, list_runs, load_run, runs_root
-from sgpo_lib.session import FINAL, final_weights
+from sgpo_lib.session import final_weights
+from sgpo_lib.weight_files import require_safetensors
 
 
 def open_policy(source: str, *, base: str = "", device: str = "auto", dtype: str = "", revision: str = "",
@@ -43,6 +45,9 @@ def open_policy(source: str, *, base: str = "", device: str = "auto", dtype: str
     if folder.is_dir():
         if (folder / "config.yaml").exists():
             return _policy_of_run(load_run(folder), "", device, dtype)
+        place = folder.absolute().parent if folder.name in (ADAPTER, WEIGHTS) else folder.absolute()
+        if any((holder / "config.yaml").exists() for holder in place.parents[:2]):  # weights inside a run
+            checkpoints.whole(place)
         holder = next((f for f in (folder, folder / ADAPTER) if (f / "adapter_config.json").exists()), None)
         if holder:
             return _with_adapter(holder, settings, base)
@@ -90,7 +95,7 @@ def readings_over_training(run: Run | str | Path, problem: Problem, response: Se
     readings = []
     for step in wanted:
         if step:
-            policy.load(found[step])
+            policy.load(run.checkpoint(step))
         readings.append(token_readings(policy, problem, response, top=top, chunk=chunk, label=f"step {step}"))
     return readings
 
@@ -106,11 +111,11 @@ def _policy_of_run(run: Run, step: str, device: str, dtype: str) -> Policy:
     if not step and not run.done:
         raise ValueError(f"run {run.folder.name} has not finished (state: {run.state}), so it has no final weights. "
                          f"Name a step, as in {run.folder.name}@{max(found, default=0)} ({_known(found)})")
-    policy = _start(run, device, dtype, base_weights=step.isdecimal() and int(step) == 0)
-    if not step:
-        policy.load(run.folder / FINAL)
-    elif int(step):
-        policy.load(found[int(step)])
+    start = step.isdecimal() and int(step) == 0
+    weights = None if start else run.checkpoint(int(step)) if step else run.final()
+    policy = _start(run, device, dtype, base_weights=start)
+    if weights:
+        policy.load(weights)
     return policy
 
 
@@ -167,9 +172,7 @@ def _with_adapter(folder: Path, settings: ModelConfig, base: str) -> Policy:
     if kind != "LORA":
         raise ValueError(f"{folder}: got an adapter of type {kind}, expected LORA. Merge it into its base with PEFT "
                          "and open the merged model's folder")
-    if not (folder / "adapter_model.safetensors").exists():
-        raise ValueError(f"{folder}: no adapter_model.safetensors beside adapter_config.json; expected the adapter's "
-                         "weights in that form")
+    require_safetensors(folder, "adapter_model")
     source = base or named
     if not source:
         raise ValueError(f"{folder}: adapter_config.json names no base model. Name it: open_policy(..., base=...)")

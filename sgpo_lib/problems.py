@@ -62,13 +62,20 @@ def load(data: DataConfig) -> Splits:
     style = PromptStyle(data.instruction, data.guided_prompt)
     parts = {name: [dataclasses.replace(p, style=style) for p in part] for name, part in parts.items()}
     warmup, train = first_by_hash(parts["train"], count, "warmup", data.data_seed)
-    fingerprint = digest(*([(p.id, p.prompt, p.answer, p.strategy and dataclasses.astuple(p.strategy)) for p in part]
+    fingerprint = digest(*([(p.id, p.prompt, p.answer, p.strategy and dataclasses.astuple(p.strategy),
+                             *filter(None, [accepted_leak(p)])) for p in part]
                             for part in (warmup, train, parts["validation"], parts["test"])))[:12]  # fmt: skip
     if data.bad_strategies:
         spoils, _ = first_by_hash(train, round(data.bad_share * len(train)), "bad strategy", data.data_seed)
         chosen = {p.id for p in spoils}
         train = [spoiled(p, data.bad_strategies, train) if p.id in chosen else p for p in train]
     return Splits(tuple(warmup), tuple(train), tuple(parts["validation"]), tuple(parts["test"]), told, fingerprint)
+
+
+def accepted_leak(problem: Problem) -> str:
+    """Why a person trains on a strategy that the leak check may refuse: `comment` of a line that has `confirmed`."""
+    comment = problem.meta.get("comment") if problem.meta.get("confirmed") is True else ""
+    return comment.strip() if isinstance(comment, str) else ""
 
 
 def require_strategies(problems: Sequence[Problem], source: str) -> None:
@@ -137,6 +144,7 @@ def _with_strategies(parts: Parts, source: str, path: Path, leaking: bool) -> tu
     passed over, and their problems are not trained on; `leaking` takes the quarantined ones all the same.
     """
     found: dict[str, tuple[str, Strategy]] = {}
+    decided: dict[str, dict[str, Any]] = {}
     passed: dict[str, str] = {}
 
     def parse(raw: dict[str, Any], at: str) -> None:
@@ -147,10 +155,15 @@ def _with_strategies(parts: Parts, source: str, path: Path, leaking: bool) -> tu
         first, _ = found.setdefault(text(raw, "id"), (at, strategy(raw, "")))
         if first != at:
             raise ValueError(f"id: got {raw['id']!r}, which {first} has too: keep one strategy per problem")
+        decided[text(raw, "id")] = {name: raw.get(name) for name in ("confirmed", "comment")}
+
+    def given(problem: Problem) -> Problem:
+        if problem.id not in found:
+            return problem
+        return dataclasses.replace(problem, strategy=found[problem.id][1], meta=problem.meta | decided[problem.id])
 
     read(path, parse, "data.strategies", "a JSONL file")
-    merged = {n: [dataclasses.replace(p, strategy=found[p.id][1]) if p.id in found else p for p in part
-                  if n != "train" or p.id not in passed] for n, part in parts.items()}  # fmt: skip
+    merged = {n: [given(p) for p in part if n != "train" or p.id not in passed] for n, part in parts.items()}
     used = sum(p.id in found for part in parts.values() for p in part)
     told = f"{source}; {used} strategies of {path} used, {len(found) - used} for ids that are in no split"
     counts = sorted(Counter(passed.values()).items())

@@ -15,7 +15,8 @@ from typing import Any
 
 from sgpo_lib.profiling import LEARNING, Machine, advice, steps_of, summary
 from sgpo_lib.recipes import METHODS, NOTEBOOK_FIELDS, PROFILES, from_parameters
-from sgpo_lib.runs import Run, load_run, runs_root, write_atomic
+from sgpo_lib.runs import Run, load_run, runs_root
+from sgpo_lib.storage import write_atomic
 
 STEPS = 3
 """Counted steps of a profile, unless told otherwise."""

@@ -16,6 +16,7 @@ import os
 import pickle
 import re
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_lib.config import RunConfig
-from sgpo_lib.runs import Run, Stopped, stop_requested, write_atomic
+from sgpo_lib.runs import Run, Stopped, stop_requested
+from sgpo_lib.storage import write_atomic
 from sgpo_lib.world import World
 
 ADDRESS = "address"
@@ -63,6 +65,17 @@ class Outcome:
 
     error: BaseException | None = None
     """What is to be raised; None where the workers ended well: the run is done, or was asked to stop."""
+
+
+def unpickled(file: Path) -> Any:
+    """What the other of this user's two processes left in a file of their private folder.
+
+    Raises RuntimeError where another user may have put it there: a pickle runs what it names.
+    """
+    folder, there = file.parent.lstat(), file.lstat()
+    if {folder.st_uid, there.st_uid} != {os.getuid()} or folder.st_mode & 0o077 or not stat.S_ISREG(there.st_mode):
+        raise RuntimeError(f"{file}: not opened: expected a file of this user's in a folder that nobody else may enter")
+    return pickle.loads(file.read_bytes())  # noqa: S301 - checked above
 
 
 def newest(run: Run) -> int:
@@ -252,7 +265,7 @@ def _own(error: Exception) -> BaseException:
 
 def main(folder: Path) -> None:
     """Read the task, drive it, write the outcome."""
-    task: Task = pickle.loads((folder / "task").read_bytes())
+    task: Task = unpickled(folder / "task")
     os.chdir(task.folder)
     outcome = Outcome()
     try:
@@ -261,7 +274,7 @@ def main(folder: Path) -> None:
         outcome = Outcome(error)
     try:
         data = pickle.dumps(outcome)
-        pickle.loads(data)
+        pickle.loads(data)  # noqa: S301 - our own, to see that it travels
     except Exception:  # an exception of the user's that does not travel
         data = pickle.dumps(Outcome(RuntimeError(f"{type(outcome.error).__name__}: {outcome.error}")))
     (folder / "outcome").write_bytes(data)

@@ -77,13 +77,13 @@ _SMOLLM2: dict[str, Any] = {
     "n_train": 320, "n_validation": 16, "n_test": 16,
     "max_new_tokens": 40, "steps": 10, "problems_per_step": 2, "micro_batch": 8, "layout": "shared",
     "rollout_batch": 48,
-    "lr": 2e-4, "eval_every": 0, "eval_problems": 8, "test_k": 1, "kl_chunk_tokens": 128,
+    "lr": 2e-4, "eval_every": 0, "eval_problems": 8, "test_k": 1,
 }
 _PAPER: dict[str, Any] = {
     "model.dtype": "float32", "compute_dtype": "bfloat16", "sampler_dtype": "bfloat16",
     "data.problems": "problems.jsonl", "warmup_share": 1 / 3,
     "n_train": 8500, "n_validation": 200, "n_test": 500, "max_new_tokens": 16384, "epochs": 10.0, "lr": 1e-6,
-    "problems_per_step": 128, "mini_batch": 64, "micro_batch": 4, "kl_chunk_tokens": 512, "rollout_batch": 256,
+    "problems_per_step": 128, "mini_batch": 64, "micro_batch": 4, "rollout_batch": 256,
     "sampler": "vllm", "sleep": True, "activation_checkpointing": True,
     "eval_every": 20, "eval_problems": 200, "eval_max_new_tokens": 32768, "save_every": 10, "reward_workers": 8,
     "lr_warmup_ratio": 0.0,

@@ -66,8 +66,8 @@ class Verdict:
     reward: float
     """R(o, q): 1.0 for correct, else 0.0; a user's reward may lie between."""
     reason: str = ""
-    """Why it is not plainly correct or wrong: `no_answer`, `timeout`, `crash` (a user's
-    reward: with its message), `memory`, `bad_gold`, `unparsed`."""
+    """Of `unverifiable`: `no_answer`, `unparsed` (what the policy wrote), `timeout`, `memory`, `crash` (of a user's
+    reward: with its message), `bad_gold`."""
     answer: str = ""
     """The final answer that was read from the response."""
 

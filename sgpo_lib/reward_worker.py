@@ -1,11 +1,12 @@
 """What runs inside the verifier's workers: Math-Verify (called here only), reasoning-gym, a user's reward.
 
-`start` prepares a worker and `work` does one task; nothing else is called from outside, and nothing here may run in a
-training process: a task can hang, exhaust its memory or end its process, which `rewards.py` takes into account.
+`serve` is a worker's life, `work` one task; nothing else is called from outside, and nothing here may run in a
+training process: a task can hang, exhaust its memory or end its process, which `worker_pool.py` takes into account.
 Math-Verify's own time limits use SIGALRM, which fails off the main thread; they are switched off, and the deadline of
-the pool takes their place. A worker imports neither torch nor transformers; Math-Verify and SymPy are imported inside
-functions, so that the parent, which imports this module for a few names, does without them.
-Order: answers, equivalence, reward_worker, rewards.
+the pool takes their place. A worker imports neither torch nor transformers, nor gmpy2, which ends the process where a
+number outgrows its memory and hears no signal while it computes. Math-Verify and SymPy are imported inside functions,
+so that the parent, which imports this module for a few names, does without them.
+Order: answers, equivalence, reward_worker, worker_pool, rewards.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ import logging
 import os
 import re
 import resource
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from fractions import Fraction
+from multiprocessing.connection import Connection
 from typing import Any
 
 from sgpo_lib.answers import exact, normalise
@@ -27,6 +32,11 @@ from sgpo_lib.equivalence import BadGold, Node, Unparsed, matches, read, too_har
 
 MEMORY_BYTES = 2 << 30
 """Address space of a worker (RLIMIT_AS)."""
+ENVIRONMENT = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "OPENBLAS_NUM_THREADS": "1",
+               "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # fmt: skip
+"""Of a worker: neither gmpy2 nor flint under SymPy, one thread."""
+DIGITS = 1000
+"""Digits in which numbers are compared that agree in 60: 2^-2005 next to 1 is seen."""
 REASON_LENGTH = 200
 """Most characters of a crash's reason, the message of the exception included."""
 Outcome = tuple[str, Any]
@@ -76,22 +86,34 @@ def _expression(text: str, error: type[Unparsed]) -> Any:
     return parsed
 
 
+_UNREADABLE = re.compile(
+    r"__|[\"'`@#$?&‰]|(?<![_\d])\d+ +\d|(?<![\w}\\])\d+_|(?<![\d}])%"
+    r"|\\(?:text|not|approx|sim|simeq|cong|[a-zA-Z]*(?:arrow|dots)|implies|iff|tag|cancel|[hv]?phantom)(?![a-z])"
+    r"|(?<!_\{[a-z])\\to(?![a-z])")
+"""What latex2sympy would leave out without a word."""
+
+
 @functools.lru_cache(maxsize=512)
 def _parse(text: str) -> Any:
-    if too_hard(text) or re.search(r"__|[\"'`@#$?&]|(?<![_\d])\d+ +\d|\\text|(?<![\d}])%", text):
+    if too_hard(text) or _UNREADABLE.search(text):
         return None
-    import math_verify
     import sympy
-    from latex2sympy2_extended import NormalizationConfig
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+    from math_verify.grader import should_treat_as_complex
 
     # Units are taken off before, with knowledge of what stands in \text: Math-Verify would take the h off 2 pi r h.
     form = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
-    config = math_verify.LatexExtractionConfig(boxed_match_priority=-1, normalization_config=form)
     tex = re.sub(r"(?<![\w.])(?:\d+\.\d*|\.\d+)(?![\d.])", _as_fraction, text).replace("*", r"\cdot ")
-    found = math_verify.parse(f"${tex}$", [config], fallback_mode="no_fallback", parsing_timeout=None)
-    if not found or isinstance(found[0], str):
+    tex = re.sub(r"(?<![_^\d{.])(\d+)\((?=\\frac)", r"\1\\cdot (", tex)  # 2(1/3) is no mixed number
+    tex = normalize_latex(tex, form)
+    try:  # without Math-Verify's own `parse`, which on failure reads what follows the last = sign
+        parsed = latex2sympy(tex, is_real=not should_treat_as_complex(tex), normalization_config=None,
+                             conversion_config=ConversionConfig(lowercase_symbols=False))  # fmt: skip
+    except MemoryError:
+        raise
+    except Exception:  # untrusted text; whatever it raises, it was not read
         return None
-    parsed = found[0]
     return parsed.subs({s: sympy.I for s in parsed.free_symbols if s.name == "i"})
 
 
@@ -117,15 +139,18 @@ def _value(expression: Any, error: type[Unparsed]) -> Any:
 
 
 def _same_number(g: Any, a: Any) -> bool:
-    """Equal as rationals, or in 40 of 60 digits, relative: two closed forms that differ differ there."""
+    """Equal as rationals, or in 60 digits and, where these agree, in 1,000."""
     import sympy
 
     if (g.is_Rational and a.is_Rational) or g.is_infinite or a.is_infinite:
         return bool(g == a)
     if g.is_zero or a.is_zero:
         return sympy.simplify(g - a) == 0
-    x, y = sympy.N(g, 60), sympy.N(a, 60)
-    return bool(x.is_number and y.is_number and abs(x - y) <= sympy.Float("1e-40", 60) * abs(x))
+    for digits in (60, DIGITS):
+        x, y = sympy.N(g, digits), sympy.N(a, digits)
+        if not (x.is_number and y.is_number and abs(x - y) <= sympy.Float(f"1e-{digits - 20}", digits) * abs(x)):
+            return False
+    return True
 
 
 def _agree_at_samples(g: Any, a: Any) -> bool | None:
@@ -136,15 +161,22 @@ def _agree_at_samples(g: Any, a: Any) -> bool | None:
     import sympy
 
     names = sorted(g.free_symbols | a.free_symbols, key=str)
-    if g.has(sympy.Derivative, sympy.Integral, sympy.Sum, sympy.Product) or a.has(sympy.Derivative, sympy.Integral) \
-            or g.atoms(sympy.core.function.AppliedUndef) | a.atoms(sympy.core.function.AppliedUndef):
+    g, a = g.doit(), a.doit()
+    unknown = sympy.Derivative, sympy.Integral, sympy.Sum, sympy.Product
+    if g.has(*unknown) or a.has(*unknown) or any(e.atoms(sympy.core.function.AppliedUndef) for e in (g, a)):
         return None
     told = 0
     for k in range(6):
         point = {s: sympy.Rational(137 * (k + 2) + 61 * j, 101 + 7 * j) * (-1) ** (k * (j + 1))
                  for j, s in enumerate(names)}  # fmt: skip
-        x, y = (sympy.N(e.xreplace(point).doit(), 60) for e in (g, a))
+        x, y = (e.xreplace(point).doit() for e in (g, a))
+        x, y = (x, y) if x.is_Rational and y.is_Rational else (sympy.N(x, 60), sympy.N(y, 60))
         if any(not v.is_number or v.has(sympy.nan, sympy.zoo) or v.is_infinite for v in (x, y)):
+            continue
+        if x.is_Rational and y.is_Rational:
+            if x != y:
+                return False
+            told += 1
             continue
         if (size := max(abs(x), abs(y))) < sympy.Float("1e-40", 60):
             continue  # zero, or the rounding error that stands for it
@@ -248,10 +280,28 @@ def _user(reward: str, completion: str, problem: dict[str, Any]) -> float:
 _TASKS: dict[str, Callable[..., Any]] = {"math": _math, "gold": _gold, "decimal": _decimal, "gym": _gym, "user": _user}
 
 
+def serve(file: int, parent: int, directory: str, modules: list[str]) -> None:
+    """A worker's life: say when it is ready, then answer one task after the other, until the pipe or `parent` ends."""
+    connection = Connection(file)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    start(directory, modules)
+    with contextlib.suppress(EOFError, ConnectionError):
+        connection.send(None)
+        while True:
+            connection.send(work(*connection.recv()))
+
+
+def _end_with(parent: int) -> None:
+    """End this process and all that it started once its parent has ended, were it in the middle of a task."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(0, signal.SIGKILL)
+
+
 def start(directory: str, modules: list[str]) -> None:
-    """Initializer: memory limit, importable working directory, one thread, Math-Verify loaded before the clock."""
-    os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    """Memory limit, no core dumps, importable working directory, Math-Verify loaded before the clock."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if directory not in sys.path:
         sys.path.insert(0, directory)
     sys.set_int_max_str_digits(100_000)

@@ -1,51 +1,40 @@
 """Judge responses: the parent's side of the verifier, whose worker processes are killed at a deadline.
 
 `Verifier.judge` reads the final answer (`answers.py`), settles plain numbers and identical texts at once
-(`equivalence.py`), and sends the rest to a `pebble.ProcessPool`, one task per distinct (gold, answer), which
+(`equivalence.py`), and has the rest done by workers (`worker_pool.py`), one task per distinct (gold, answer), which
 `reward_worker.py` does there. A response that hangs or kills its worker therefore costs its own verdict and one
 restart. The user's `module:function` and the scorers of reasoning-gym run in the same workers, under the same deadline
-and 2 GiB of address space. A worker imports neither torch nor transformers, nor the script that started it.
-Order: answers, equivalence, reward_worker, rewards.
+and 2 GiB of address space. A worker imports neither torch nor gmpy2, nor the script that started it.
+Order: answers, equivalence, reward_worker, worker_pool, rewards.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-import multiprocessing.process
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import CancelledError
-from concurrent.futures import TimeoutError as FutureTimeout
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from decimal import Decimal
-from multiprocessing import context, spawn
 from pathlib import Path
 from typing import Any
 
-from pebble import ProcessExpired, ProcessPool
-
-from sgpo_lib import reward_worker
-from sgpo_lib.answers import after_thinking, extract_answer
+from sgpo_lib.answers import MAX_LENGTH, after_thinking, extract_answer
 from sgpo_lib.config import RewardConfig
 from sgpo_lib.equivalence import Node, Unparsed, matches, too_hard
 from sgpo_lib.equivalence import read as read_pair
 from sgpo_lib.records import Problem, Verdict
 from sgpo_lib.reward_worker import Outcome
+from sgpo_lib.worker_pool import Key, WorkerPool
 
 __all__ = ["Verifier", "extract_answer"]
 
 log = logging.getLogger(__name__)
 
 CACHE_SIZE = 50_000
-"""Judgements of Math-Verify that are remembered, by (gold, answer)."""
-START_SECONDS = 60.0
-"""Longest wait for a worker to start, per task that may have ended one."""
-Key = tuple[Any, ...]
-"""(kind of task, ...): what identifies a task within a call; for Math-Verify (`math`, gold, answer)."""
+"""Judgements of Math-Verify that are remembered, by (gold, answer), where both are short."""
 
 
 # --------------------------------------------------------------------------------------- what needs no worker
@@ -85,44 +74,7 @@ def _settle(gold: str, answer: str) -> Outcome | None:
         return ("unverifiable", "unparsed")
 
 
-# ------------------------------------------------------------------------------------------------ worker pool
-
-
-class _WorkerProcess(context.SpawnProcess):
-    """A spawned process that does not run the main script again.
-
-    Spawn re-imports `__main__` in the child, for functions defined there. Ours are not, and a training script would
-    load torch, exceed the memory limit, or start itself again where it has no `if __name__ == "__main__"`.
-    """
-
-    _lock = threading.Lock()
-
-    @staticmethod
-    def _Popen(process_obj: multiprocessing.process.BaseProcess) -> Any:
-        original = spawn.get_preparation_data
-
-        def without_main(name: str) -> dict[str, Any]:
-            data = original(name)
-            if name == process_obj.name:
-                data = {k: v for k, v in data.items() if not k.startswith("init_main")}
-            return data
-
-        with _WorkerProcess._lock:
-            spawn.get_preparation_data = without_main
-            try:
-                return context.SpawnProcess._Popen(process_obj)
-            finally:
-                spawn.get_preparation_data = original
-
-
-class _WorkerContext(context.SpawnContext):
-    Process = _WorkerProcess
-
-
-def _stop(holder: dict[str, Any]) -> None:
-    if (pool := holder.pop("pool", None)) is not None:
-        pool.stop()
-        pool.join()
+# --------------------------------------------------------------------------------------------------- verifier
 
 
 class Verifier:
@@ -134,11 +86,10 @@ class Verifier:
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
-        self._modules: set[str] = set()
         self._cache: OrderedDict[Key, Outcome] = OrderedDict()
         self._lock = threading.RLock()
-        self._holder: dict[str, Any] = {}
-        weakref.finalize(self, _stop, self._holder)
+        self._pool = WorkerPool(config.reward_workers, config.reward_deadline_s, [])
+        weakref.finalize(self, self._pool.stop)
         if config.reward != "math":
             module, colon, function = config.reward.partition(":")
             top = module.split(".")[0]
@@ -148,7 +99,7 @@ class Verifier:
                 raise ValueError(
                     f"reward.reward: got {config.reward!r}, expected 'math' or 'module:function' of a module that "
                     "can be imported from the current directory or the environment")  # fmt: skip
-            self._modules.add(module)
+            self._pool.modules.append(module)
 
     def __enter__(self) -> Verifier:
         return self
@@ -159,7 +110,7 @@ class Verifier:
     def close(self) -> None:
         """Stop the workers. A later call starts them again."""
         with self._lock:
-            _stop(self._holder)
+            self._pool.stop()
 
     def judge(self, items: Sequence[tuple[Problem, str | None]]) -> list[Verdict]:
         """Verdicts on completions, in order. Identical (gold, answer) pairs are judged once.
@@ -211,63 +162,22 @@ class Verifier:
                 if (settled := _settle(*jobs[key])) is not None:
                     done[key] = settled
             todo = {k: a for k, a in jobs.items() if k not in done}
-            if any(k[0] == "gym" for k in todo) and "reasoning_gym" not in self._modules:
-                self._modules.add("reasoning_gym")
-                _stop(self._holder)  # new workers load it before their clock runs
-            done |= self._in_workers(todo)
-            for key, outcome in done.items():
+            if any(k[0] == "gym" for k in todo) and "reasoning_gym" not in self._pool.modules:
+                self._pool.modules.append("reasoning_gym")
+                self._pool.stop()  # new workers load it before their clock runs
+            judged = self._pool.run(todo)
+            for key, (status, value) in judged.items():
                 # A timeout or crash may be the machine's fault: not remembered.
-                read = outcome[0] == "score" or outcome[1] in ("unparsed", "bad_gold")
-                if key[0] in ("math", "gold", "decimal") and read:
-                    self._cache[key] = outcome
-                    self._cache.move_to_end(key)
+                read = status == "score" or value in ("unparsed", "bad_gold")
+                if key[0] in ("math", "gold", "decimal") and read and sum(map(len, key)) < 2 * MAX_LENGTH:
+                    self._cache[key] = status, value
+            done |= judged
             while len(self._cache) > CACHE_SIZE:
                 self._cache.popitem(last=False)
         for status, value in done.values():
             if status == "refused":
                 raise ValueError(value)
         return done
-
-    def _in_workers(self, todo: dict[Key, tuple[Any, ...]]) -> dict[Key, Outcome]:
-        """All tasks at once; those that a broken pool lost are asked again one by one, so that blame is exact."""
-        done = self._round(todo)
-        for key in [k for k in todo if k not in done]:
-            again = self._round({key: todo[key]})
-            done[key] = again.get(key, ("unverifiable", "crash: the worker ended"))
-        return done
-
-    def _round(self, todo: dict[Key, tuple[Any, ...]]) -> dict[Key, Outcome]:
-        if not todo:
-            return {}
-        pool, deadline = self._pool(), self.config.reward_deadline_s
-        done: dict[Key, Outcome] = {}
-        try:
-            futures = {k: pool.schedule(reward_worker.work, args=(k[0], a), timeout=deadline) for k, a in todo.items()}
-        except RuntimeError:  # the pool broke since its last use
-            _stop(self._holder)
-            return done
-        for key, future in futures.items():
-            try:
-                done[key] = future.result(timeout=START_SECONDS + (deadline + START_SECONDS) * len(todo))
-            except FutureTimeout:
-                if not future.done():
-                    _stop(self._holder)
-                    raise RuntimeError(f"verifier workers gave no answer and no timeout within {START_SECONDS:.0f} s: "
-                                       "can this machine start Python processes?") from None  # fmt: skip
-                done[key] = ("unverifiable", "timeout")
-            except ProcessExpired as error:
-                done[key] = ("unverifiable", f"crash: the worker ended with code {error.exitcode}")
-            except (BrokenProcessPool, CancelledError):  # another task's doing, perhaps
-                _stop(self._holder)
-        return done
-
-    def _pool(self) -> ProcessPool:
-        if (pool := self._holder.get("pool")) is None or not pool.active:
-            _stop(self._holder)
-            pool = self._holder["pool"] = ProcessPool(
-                max_workers=self.config.reward_workers, context=_WorkerContext(),
-                initializer=reward_worker.start, initargs=(str(Path.cwd()), sorted(self._modules)))  # fmt: skip
-        return pool
 
 
 def _verdict(outcome: Outcome, answer: str, kind: str) -> Verdict:
@@ -279,5 +189,5 @@ def _verdict(outcome: Outcome, answer: str, kind: str) -> Verdict:
             log.warning("a response could not be judged (%s)", value)
         return Verdict("unverifiable", 0.0, value if kind == "user" else reason, answer[:200])
     if kind == "math" and not answer:
-        return Verdict("wrong", 0.0, "no_answer")
+        return Verdict("unverifiable", 0.0, "no_answer")
     return Verdict("correct" if value >= 1.0 - 1e-9 else "wrong", value, "", answer[:200])

@@ -5,12 +5,13 @@
     RUN/environment.json   versions, machine, commit
     RUN/metrics.jsonl      one row per step (`kind`: train, eval, test, supervised); the record, whatever tracker runs
     RUN/rollouts/          step-000010.jsonl: what was sampled
-    RUN/checkpoints/       step-000010/: weights or adapter, optimizer, state.json; written whole or not at all
+    RUN/checkpoints/       step-000010/: weights or adapter, optimizer, state.json, manifest (checkpoints.py)
+    RUN/final/             the final weights, with a manifest
+    RUN/not_finite/        samples and tensors of a step that was stopped for a NaN or an infinity (guards.py)
     RUN/summary.json       the final numbers
     RUN/DONE | FAILED.json written last
 
-Files are written to a temporary name, flushed to disk and renamed. No torch here: what a checkpoint holds is the
-trainer's business.
+How files are written is in storage.py. No torch here: what a checkpoint holds is the trainer's business.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
+import re
 import socket
 import subprocess
 import sys
@@ -32,11 +33,18 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import psutil
 
-from sgpo_lib.config import RunConfig, difference, from_yaml, to_yaml
-from sgpo_lib.redaction import Redactor
+from sgpo_lib import checkpoints
+from sgpo_lib.config import RunConfig, difference, from_yaml, to_dict, to_yaml
+from sgpo_lib.redaction import Redactor, refuse_secrets
+from sgpo_lib.storage import append_row, read_jsonl, set_torn_aside, write_atomic, write_jsonl
 
 PACKAGE_FOLDER = Path(__file__).resolve().parent
+FINAL = "final"
+"""Folder of a run that holds its final weights."""
+MAKING_S = 30.0
+"""Seconds to wait for another process that makes the same run folder."""
 CLOCK_PREFIXES = ("seconds", "tokens_per_second", "cpu_seconds", "delivery_seconds", "verify_seconds")
 """Metric names that begin so depend on the clock; all others repeat exactly on the same CPU."""
 
@@ -53,42 +61,6 @@ def reports_root() -> Path:
     """Where reports go: `reports/` of the checkout, else of the current folder."""
     checkout = PACKAGE_FOLDER.parent
     return (checkout if (checkout / "pyproject.toml").exists() else Path.cwd()) / "reports"
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a text file whole: write beside it, flush to disk, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:  # a full disk: what was there stays
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file that this program wrote. A torn last line (a crash while writing) is left out.
-
-    Raises ValueError with file and line for any other line that is not JSON.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}:{number}: not a JSON row ({error}). Restore the file or start anew") from None
-    return rows
 
 
 class Stopped(KeyboardInterrupt):
@@ -140,9 +112,12 @@ class Run:
 
     def fail(self, error: BaseException) -> None:
         """Record why the run stopped, without the environment's secrets."""
-        record = {"error": type(error).__name__, "message": str(error), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                  "traceback": "".join(traceback.format_exception(error))[-8000:]}
-        write_atomic(self.folder / "FAILED.json", json.dumps(Redactor().nested(record), indent=1))
+        redact = Redactor()  # before anything is cut off
+        record = {"error": type(error).__name__, "message": redact(str(error)),
+                  "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                  "traceback": redact("".join(traceback.format_exception(error)))[-8000:]}
+        with contextlib.suppress(OSError):  # a full disk, perhaps the very error, which is raised all the same
+            write_atomic(self.folder / "FAILED.json", json.dumps(record, indent=1))
 
     def same_problems(self, fingerprint: str) -> None:
         """Record the fingerprint of the run's problems, or check it. Raises ValueError where they have changed."""
@@ -155,81 +130,90 @@ class Run:
 
     # --- metrics and rollouts ----------------------------------------------------------------------------------
     def log(self, row: dict[str, Any]) -> None:
-        """Append one row of metrics and flush it to disk."""
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Append one row of metrics and flush it to disk. Raises DiskFull."""
+        append_row(self.folder / "metrics.jsonl", row)
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """All rows, or those of one kind."""
-        rows = read_jsonl(self.folder / "metrics.jsonl")
+        """All rows, or those of one kind. Raises ValueError with file, line and field for what is no row of a run."""
+        rows = read_jsonl(self.folder / "metrics.jsonl", {"kind": str, "step": int}, unique=("kind", "step"))
         return [r for r in rows if kind is None or r["kind"] == kind]
 
     def forget_after(self, step: int) -> None:
         """Drop rows and rollouts of later steps, so that a resumed run does not count a step twice."""
-        kept = [r for r in self.metrics() if r["step"] <= step]
-        write_atomic(self.folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in kept))
+        path = self.folder / "metrics.jsonl"
+        set_torn_aside(path)
+        write_jsonl(path, [r for r in self.metrics() if r["step"] <= step])
         for path in (self.folder / "rollouts").glob("step-*.jsonl"):
             if int(path.stem.removeprefix("step-")) > step:
                 path.unlink()
 
     def write_rollouts(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Store the sampled responses of a step."""
-        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-        write_atomic(self.folder / "rollouts" / f"step-{step:06d}.jsonl", text)
+        write_jsonl(self.folder / "rollouts" / f"step-{step:06d}.jsonl", rows)
 
-    # --- checkpoints -------------------------------------------------------------------------------------------
+    # --- weights -----------------------------------------------------------------------------------------------
     def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first. A folder without `state.json` never was one."""
-        return sorted(p for p in (self.folder / "checkpoints").glob("step-*") if (p / "state.json").exists())
+        """The checkpoints, oldest first; `checkpoint` tells of one whether it is whole."""
+        return checkpoints.checkpoints(self.folder / "checkpoints")
+
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint of a step. Raises ValueError where there is none or it is damaged."""
+        return checkpoints.whole(checkpoints.at_step(self.folder / "checkpoints", step))
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None], state: dict[str, Any], keep: int,
                         protected: tuple[int, ...] = ()) -> Path:
-        """Write a checkpoint whole or not at all, then drop the oldest but `keep` (never a `protected` step).
+        """Write a checkpoint whole or not at all, then drop the oldest but `keep`; as `checkpoints.save`."""
+        return checkpoints.save(self.folder / "checkpoints", step, write, state, keep, protected)
 
-        `write(folder)` puts the trainer's files into a temporary folder, which is flushed and renamed.
+    def newest_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint; damaged ones are set aside. Raises ValueError where all are damaged.
+
+        Also removes what a killed process left half written. For the process that holds the run.
         """
-        final = self.folder / "checkpoints" / f"step-{step:06d}"
-        temporary = final.with_name(f".{final.name}.{os.getpid()}")
-        for stale in final.parent.glob(".step-*"):
-            shutil.rmtree(stale)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        write_atomic(temporary / "state.json", json.dumps({"step": step, **state}))
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        spare = [p for p in self.checkpoints() if int(p.name.removeprefix("step-")) not in protected]
-        for old in spare[:-keep]:
-            shutil.rmtree(old)
-        return final
+        for folder in (self.folder / "rollouts", self.folder / "evaluation"):
+            checkpoints.clear(folder)
+        for name in (FINAL, "metrics.jsonl"):
+            checkpoints.clear(self.folder, name)
+        return checkpoints.newest_whole(self.folder / "checkpoints")
+
+    def save_final(self, write: Callable[[Path], None]) -> None:
+        """Have `write(folder)` write the final weights, whole or not at all."""
+        checkpoints.write_folder(self.folder / FINAL, write)
+
+    def final(self) -> Path:
+        """The folder of the final weights. Raises ValueError where it is damaged."""
+        return checkpoints.whole(self.folder / FINAL)
 
 
 def open_run(config: RunConfig, root: Path | None = None, name: str | None = None) -> Run:
     """The run folder of a configuration: made anew, or found again to continue or to read.
 
-    Raises ValueError where the folder holds another configuration, listing the fields that differ.
+    Raises ValueError where the folder holds another configuration, listing the fields that differ, and for a
+    configuration with a secret in it.
     """
+    refuse_secrets(to_dict(config), "the configuration")
     folder = (root or runs_root()) / (name or config.label)
     if job := os.environ.get("SGPO_JOB"):  # set by launch.py: which runs an executed notebook made or read
         with (Path(job) / "runs.txt").open("a", encoding="utf-8") as file:
             file.write(f"{folder}\n")
-    if (folder / "config.yaml").exists():
-        there = from_yaml(folder / "config.yaml")
-        if other := [line for line in difference(there, config) if not line.startswith("compute.")]:
-            raise ValueError(f"run folder {folder} holds another configuration:\n  " + "\n  ".join(other) +
-                             "\nUse another name, or delete the folder")
-        if there != config:  # other devices: the same run
-            write_atomic(folder / "config.yaml", to_yaml(config))
-        return Run(folder, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
-    write_atomic(folder / "config.yaml", to_yaml(config))
+    until = time.monotonic() + MAKING_S
+    while not (folder / "config.yaml").exists():  # of several that start at once one makes it, and may go on to train
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with filelock.FileLock(folder / ".lock", timeout=0.1):
+                if not (folder / "config.yaml").exists():
+                    write_atomic(folder / "environment.json", json.dumps(environment(), indent=1))
+                    write_atomic(folder / "config.yaml", to_yaml(config))
+        except filelock.Timeout:
+            if time.monotonic() > until:
+                raise RuntimeError(f"{folder} has no config.yaml and is being written by {_holder(folder)}. Wait for "
+                                   "it, or use another run name") from None
+    there = from_yaml(folder / "config.yaml")
+    if other := [line for line in difference(there, config) if not line.startswith("compute.")]:
+        raise ValueError(f"run folder {folder} holds another configuration:\n  " + "\n  ".join(other) +
+                         "\nUse another name, or delete the folder")
+    if there != config and not is_locked(folder):  # other devices: the same run
+        write_atomic(folder / "config.yaml", to_yaml(config))
     return Run(folder, config)
 
 
@@ -258,21 +242,42 @@ def list_runs(root: Path | None = None) -> list[Run]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for writing. Raises RuntimeError naming the holder when another process has it."""
+    """Hold a folder for writing. Raises RuntimeError naming the holder when another process has it.
+
+    The kernel lets go of the lock when its holder ends, however that ends.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0.5)  # longer than the moment for which `state` takes it in another process
     except filelock.Timeout:
-        owner = folder / ".owner"
-        holder = owner.read_text(encoding="utf-8").strip() if owner.exists() else "an unknown process"
-        raise RuntimeError(f"{folder} is being written by {holder}. Wait for it, or use another run name") from None
+        raise RuntimeError(f"{folder} is being written by {_holder(folder)}. Wait for it, or use another run "
+                           "name") from None
     try:
         write_atomic(folder / ".owner", f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         (folder / ".owner").unlink(missing_ok=True)
         lock.release()
+
+
+def _holder(folder: Path) -> str:
+    """Who holds a lock: `process 7 on node`. Waits a moment for one that has just taken it and is yet to write that;
+    what a killed one left there names a process that is gone."""
+    until, named = time.monotonic() + 1.0, "an unknown process"
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError):
+            named = (folder / ".owner").read_text(encoding="utf-8").strip()
+            if not _gone(named):
+                break
+        time.sleep(0.05)
+    return named
+
+
+def _gone(named: str) -> bool:
+    """Whether a process of this machine does not run any more."""
+    found = re.fullmatch(r"process (\d+) on (.*)", named)
+    return found is not None and found[2] == socket.gethostname() and not psutil.pid_exists(int(found[1]))
 
 
 def is_locked(folder: Path) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import math
 import random
 import time
@@ -24,7 +25,8 @@ from sgpo_lib.bases import base_source
 from sgpo_lib.batching import Row, TokenBatch, micro_batches
 from sgpo_lib.benchmarks import Benchmark
 from sgpo_lib.config import RunConfig
-from sgpo_lib.evaluation import Evaluation, evaluate
+from sgpo_lib.evaluation import Evaluation, Judge, evaluate
+from sgpo_lib.guards import Guard
 from sgpo_lib.guided_side import GuidedSide
 from sgpo_lib.interrupts import Interrupts
 from sgpo_lib.losses.token_kl import token_logp_and_entropy
@@ -34,17 +36,20 @@ from sgpo_lib.peak_memory import peak_memory, restart_peak
 from sgpo_lib.policy import Policy, load_policy, require_layout
 from sgpo_lib.problems import Splits, load
 from sgpo_lib.prompts import prompt_ids
+from sgpo_lib.quarantine import left_out, without
 from sgpo_lib.records import Problem
 from sgpo_lib.rewards import Verifier
+from sgpo_lib.rollouts.groups import judge_groups
 from sgpo_lib.rollouts.interface import Engine
 from sgpo_lib.rollouts.opening import open_engine
 from sgpo_lib.runs import Run, load_run
+from sgpo_lib.storage import write_atomic
 from sgpo_lib.training_state import load_state, save_state
+from sgpo_lib.verdict_rates import VerdictRates
+from sgpo_lib.weight_files import remote_code
 from sgpo_lib.world import World
 
 Item = TypeVar("Item")
-FINAL = "final"
-"""Folder of a run that holds its final weights."""
 _SAME_MODEL = ("source", "revision", "lora_rank", "lora_alpha", "lora_targets")
 
 
@@ -58,19 +63,25 @@ class OpenModel:
     verifier: Verifier
     splits: Splits
     world: World
+    rates: VerdictRates = field(default_factory=VerdictRates, kw_only=True)
 
-    def evaluate(self, problems: Sequence[Problem], k: int, seed_key: tuple[object, ...]) -> Evaluation:
+    def evaluate(self, problems: Sequence[Problem], k: int, seed_key: tuple[object, ...],
+                 judge: Judge = judge_groups) -> Evaluation:
         """avg@k of the unguided policy with the config's evaluation settings; responses end where the context does.
 
-        Several workers share the problems; all of them get the whole result.
+        Several workers share the problems; all of them get the whole result. Raises RuntimeError where the verifier
+        fails (verdict_rates.py).
         """
         settings = self.config.evaluation
         longest = max((len(prompt_ids(self.policy.tokenizer, p, guided=False)) for p in problems), default=0)
         wanted = settings.eval_max_new_tokens or self.config.rollout.max_new_tokens
         mine = evaluate(self.engine, self.policy.tokenizer, self.verifier, self.world.share(problems), k=k,
                         temperature=settings.eval_temperature, top_p=settings.eval_top_p,
-                        max_new_tokens=min(wanted, self.policy.context - longest), seed_key=seed_key)
-        return Evaluation(k, tuple(self.world.woven(mine.results)))
+                        max_new_tokens=min(wanted, self.policy.context - longest), seed_key=seed_key,
+                        judge=judge)
+        whole = Evaluation(k, tuple(self.world.woven(mine.results)))
+        self.rates.add([(r.problem_id, r.samples, r.reasons) for r in whole.results], "evaluation")
+        return whole
 
 
 @dataclass
@@ -99,6 +110,18 @@ class Session(OpenModel):
     """Tokens of prompts and responses in the current step's passes: `computed`, `slots` with padding, `skipped`."""
     benchmarks: list[Benchmark] = field(default_factory=list)
     """Further test sets for the end."""
+    guard: Guard = field(init=False)
+    """Looks for NaN and infinity."""
+
+    def __post_init__(self) -> None:
+        self.guard = Guard(self.run.folder, self.policy, self.world)
+
+    def evaluate(self, problems: Sequence[Problem], k: int, seed_key: tuple[object, ...],
+                 judge: Judge | None = None) -> Evaluation:
+        """As `OpenModel.evaluate`. Raises what `Guard.stop` does where a reward or a log-probability is not finite."""
+        found = super().evaluate(problems, k, seed_key, judge or self.guard.judge)
+        self.guard.stop(self.step)
+        return found
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -164,7 +187,8 @@ class Session(OpenModel):
     def update(self, step: int) -> float:
         """One optimizer update with the gradients that stand; returns their norm before clipping.
 
-        Raises FloatingPointError for a gradient that is not finite, before any weight changes.
+        Raises FloatingPointError where gradients, weights or what led to them are not finite, before any weight
+        changes, and where the update itself leads there.
         """
         with self.phase("optimizer"):
             return self._update(step)
@@ -172,26 +196,31 @@ class Session(OpenModel):
     def _update(self, step: int) -> float:
         limit = self.config.train.max_grad_norm or math.inf
         self.policy.settle()
-        total: Any = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), limit)
+        parameters = self.policy.parameters()
+        total: Any = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = float(total.full_tensor() if hasattr(total, "full_tensor") else total)
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"step {step}: gradient norm is {norm}; no update was made with it. Lower "
-                                     "train.lr or look at the last rollouts")
+        self.guard.before_update(step, norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, total)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.interrupts.hold()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.guided_side.follow()
+        self.guard.after_update(step)
         return norm
 
     def save(self) -> None:
-        """Checkpoint the state after `step` steps. All workers call it; the first names and completes the folder."""
+        """Checkpoint the state after `step` steps. All workers call it; the first names and completes the folder.
+
+        Raises FloatingPointError where a number in it is not finite; nothing is written then.
+        """
         def write(folder: Path) -> None:
             save_state(self.policy, self.optimizer, self.guided_side.copies, Path(self.world.from_first(str(folder))),
                        self.world.first)
             self.world.wait()
 
+        self.guard.require_finite(self.step, "before saving", self._rest())
         state = {"best_loss": self.best_loss, "best_step": self.best_step, "weights": self.policy.fingerprint(),
                  "workers": self.world.size}
         protected = (self.best_step,) if self.best_step >= 0 else ()
@@ -201,6 +230,12 @@ class Session(OpenModel):
             write(Path())
         self.world.wait()
         self.saved_step = self.step
+
+    def _rest(self) -> Iterator[tuple[str, Tensor]]:
+        """What a checkpoint holds beside the weights, by name."""
+        yield from ((f"guided side {i}", copy) for i, copy in enumerate(self.guided_side.copies))
+        for i, state in enumerate(self.optimizer.state.values()):
+            yield from ((f"optimizer {name} {i}", value) for name, value in state.items() if isinstance(value, Tensor))
 
     def restore(self, folder: Path, state: dict[str, Any]) -> None:
         """Take the state of a checkpoint, made by any number of workers."""
@@ -228,7 +263,7 @@ def open_model(config: RunConfig, policy: Policy | None = None, folder: Path | N
         require_memory(config, source)
         policy = load_policy(config.model, source, config.seed)
         if config.train.init_from:
-            policy.load(final_weights(config.train.init_from, config))
+            policy.load((world or World()).by_first(lambda: final_weights(config.train.init_from, config)))
         if world:
             require_layout(policy, config.train.layout)
             policy = spread(policy, config, world)
@@ -242,9 +277,13 @@ def open_session(config: RunConfig, run: Run, world: World) -> Iterator[Session]
     with contextlib.ExitStack() as stack:
         stack.enter_context(process_group(config, world))
         model = open_model(config, folder=run.folder / "delivery", world=world)
+        if config.model.trust_remote_code and world.first:
+            write_atomic(run.folder / "remote_code.json", json.dumps(remote_code(), indent=1))
         stack.enter_context(contextlib.closing(model.engine))
         stack.enter_context(model.verifier)
         policy, splits, train = model.policy, model.splits, config.train
+        if config.method.objective != "none":
+            splits = without(splits, world.by_first(lambda: left_out(model.splits, config.data, run.folder)))
         if train.activation_checkpointing:
             policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         optimizer = torch.optim.AdamW(policy.parameters(), lr=train.lr, betas=(train.adam_beta1, train.adam_beta2),
@@ -261,7 +300,7 @@ def open_session(config: RunConfig, run: Run, world: World) -> Iterator[Session]
 def final_weights(run_folder: str, config: RunConfig) -> Path:
     """Folder with a run's final weights.
 
-    Raises ValueError where the run does not exist, has not finished, or trained another base or adapter.
+    Raises ValueError where the run does not exist, has not finished, trained another base or adapter, or is damaged.
     """
     run = load_run(run_folder)
     theirs = {name: getattr(run.config.model, name) for name in _SAME_MODEL}
@@ -271,4 +310,4 @@ def final_weights(run_folder: str, config: RunConfig) -> Path:
         raise ValueError(f"train.init_from: run {run.folder} has weights of another model:\n  " + "\n  ".join(other))
     if not run.done:
         raise ValueError(f"train.init_from: run {run.folder} has not finished (state: {run.state}). Finish it first")
-    return run.folder / FINAL
+    return run.final()

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from sgpo_lib.escaping import visible
+
 PT = 0.72
 """pt per px at 100 px per inch."""
 DASHES = {"dot": (1, 1), "dash": (3, 3), "longdash": (5, 5), "dashdot": (3, 1, 1, 1), "longdashdot": (5, 2, 1, 2)}
@@ -32,9 +34,9 @@ def choose(what: str, got: Any, known: Any) -> Any:
 
 
 def plain(text: str | None) -> str:
-    """Text without plotly's tags; `<br>` is a new line."""
+    """Text without plotly's tags, as a picture can show it; `<br>` is a new line."""
     text = re.sub(r"<br\s*/?>", "\n", text or "")
-    return html.unescape(re.sub(r"</?(?:b|i|u|a|em|strong|sub|sup|span)(?:\s[^<>]*)?>", "", text))
+    return visible(html.unescape(re.sub(r"</?(?:b|i|u|a|em|strong|sub|sup|span)(?:\s[^<>]*)?>", "", text)))
 
 
 def wrap(text: str, width: int) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sgpo_lib.collapse import Watch
+from sgpo_lib.escaping import visible
 from sgpo_lib.jobs import JobResult, batch_folders, job_runs, jobs_root, last_line, owner_host, read_batch, read_job
 from sgpo_lib.runs import Run, list_runs, load_run, runs_root
 
@@ -66,7 +68,7 @@ def tables(batch: str | None = None, lines: int | None = None) -> RenderableType
         groups += [("single notebooks", singles)] if singles else []
         runs = list_runs()
     if not groups and not runs:
-        return f"nothing under {runs_root()} yet. Start with: make run"
+        return _plain(f"nothing under {runs_root()} yet. Start with: make run")
     short = lines is not None and sum(len(jobs) + 4 for _, jobs in groups) + len(runs) + 4 > lines
     shown = [_job_table(name, jobs, short) for name, jobs in groups]
     return Group(*shown, *([_run_table(runs, short)] if runs else []))
@@ -85,8 +87,8 @@ def _job_table(name: str, jobs: Sequence[JobResult], short: bool) -> Table:
         run = _readable(folders[-1]) if folders else None
         told = job.reason or (last_line(job.folder) if job.state in ("running", "stopped") else "")
         attempt = f" (attempt {job.attempt})" if job.attempt > 1 else ""
-        table.add_row(job.name, _state(job.state, attempt), *_progress(run, job.state == "running"), job.host,
-                      f"{job.seconds:.0f}" if job.seconds else "", _plain(told))
+        table.add_row(_plain(job.name), _state(job.state, attempt), *_progress(run, job.state == "running"),
+                      _plain(job.host), f"{job.seconds:.0f}" if job.seconds else "", _plain(told))
     return table
 
 
@@ -102,10 +104,12 @@ def _run_table(runs: Sequence[Run], short: bool) -> Table:
         if state == "failed":
             record = json.loads((run.folder / "FAILED.json").read_text(encoding="utf-8"))
             reason = f"{record.get('error')}: {record.get('message')}"
-        table.add_row(run.folder.name, _state(state), *_progress(run, state == "running"),
+        elif signs := Watch(_rows(run)).active:
+            reason = f"warning: {', '.join(c.kind for c in signs)}"
+        table.add_row(_plain(run.folder.name), _state(state), *_progress(run, state == "running"),
                       _last(_rows(run), "accuracy", ".2f", "eval"), f"{test:.3f}" if test is not None else "",
-                      _age(time.time() - metrics.stat().st_mtime) if metrics.exists() else "", _host(run),
-                      _plain(reason))
+                      _age(time.time() - metrics.stat().st_mtime) if metrics.exists() else "",
+                      _plain(_host(run)), _plain(reason))
     return table
 
 
@@ -184,7 +188,7 @@ def _table(title: str, *columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=_plain(title, "table.title"), title_justify="left", box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(column, justify="left" if column in _LEFT else "right", no_wrap="reason" not in column)
     return table
@@ -193,14 +197,14 @@ def _table(title: str, *columns: str) -> Table:
 def _state(state: str, more: str = "") -> Any:
     from rich.text import Text
 
-    return Text(state + more, style=_COLOURS.get(state, ""))
+    return Text(visible(state + more), style=_COLOURS.get(state, ""))
 
 
-def _plain(text: str) -> Any:
-    """Text in which no markup is read."""
+def _plain(text: str, style: str = "") -> Any:
+    """Text in which no markup is read, and nothing that would steer a terminal."""
     from rich.text import Text
 
-    return Text(text[:400])
+    return Text(visible(text[:400]), style=style)
 
 
 def _last(rows: Sequence[dict[str, Any]], name: str, form: str, kind: str | None = None) -> str:

@@ -9,6 +9,7 @@ from sgpo_lib.objective import DIVERGENCES, ProblemWork, Sums
 from sgpo_lib.records import RolloutGroup
 from sgpo_lib.session import Session
 from sgpo_lib.strategies import is_spoiled
+from sgpo_lib.verdict_rates import is_failure
 
 
 def step_sums(session: Session, groups: Sequence[RolloutGroup], works: Sequence[ProblemWork]) -> Sums:
@@ -22,6 +23,8 @@ def step_sums(session: Session, groups: Sequence[RolloutGroup], works: Sequence[
         "autonomous_tokens": sum(len(o.token_ids) for o in autonomous), "p_auto_sum": sum(g.p_auto for g in groups),
         "length_stops": sum(o.stop == "length" for o in everything),
         "unverifiable": sum(o.verdict.status == "unverifiable" for o in everything if o.verdict),
+        "no_answer": sum(o.verdict.reason == "no_answer" for o in everything if o.verdict),
+        "verdict_failures": sum(is_failure(o.verdict.reason) for o in everything if o.verdict),
         "without_variance": sum(not any(w.advantages) for w in works),
         **{f"{name}_tokens": session.work[name] for name in ("computed", "slots", "skipped")}})
     if method.g2:
@@ -50,6 +53,8 @@ def step_metrics(session: Session, sums: Sums, updates: int, step: int) -> dict[
         "response_length": per("autonomous_tokens", "autonomous_count"),
         "length_limit_share": per("length_stops", "response_count"),
         "unverifiable_share": per("unverifiable", "response_count"),
+        "no_answer_share": per("no_answer", "response_count"),
+        "verdict_failure_share": per("verdict_failures", "response_count"),
         "zero_variance_share": sums["without_variance"] / problems,
         "policy_clip_share": per("policy_clipped_count", "policy_token_count"),
         "loss_grpo": sums["loss_grpo"] / updates, "grad_norm": sums["grad_norm"] / updates,

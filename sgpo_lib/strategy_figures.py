@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from sgpo_lib.figures import missing, template
+from sgpo_lib.figures import missing, plain, template
 
 BAND_COLOURS = {"High": "#009E73", "Medium": "#E69F00", "Low": "#D55E00"}
 KIND_COLOURS = {"good": "#009E73", "vague": "#999999", "too detailed": "#0072B2", "wrong type": "#CC79A7",
@@ -13,6 +13,7 @@ KIND_COLOURS = {"good": "#009E73", "vague": "#999999", "too detailed": "#0072B2"
 SYMBOLS = ("circle", "square", "diamond", "x", "triangle-up", "cross")
 
 
+@plain
 def band_bars(table: pd.DataFrame, title: str) -> go.Figure:
     """Share of descriptions in each band, one bar per row of `quality.band_table`."""
     if empty := missing(table, list(BAND_COLOURS), title):
@@ -29,6 +30,7 @@ def band_bars(table: pd.DataFrame, title: str) -> go.Figure:
     return figure
 
 
+@plain
 def abstraction(frame: pd.DataFrame) -> go.Figure:
     """Length against the problem's numbers that a description repeats, a mark per candidate, by kind."""
     title = "Length and abstraction"
@@ -47,6 +49,7 @@ def abstraction(frame: pd.DataFrame) -> go.Figure:
     return figure
 
 
+@plain
 def leak_bars(frame: pd.DataFrame) -> go.Figure:
     """Descriptions of each kind in which the check found an answer, or an intermediate result alone. Shares."""
     title = "Descriptions with leaks, by kind"

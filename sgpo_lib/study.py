@@ -26,8 +26,9 @@ from sgpo_lib.frames import one_setting_each, variant, world
 from sgpo_lib.problems import load
 from sgpo_lib.records import Problem
 from sgpo_lib.rollouts.groups import judge_groups, sample_groups
-from sgpo_lib.runs import Run, read_jsonl
+from sgpo_lib.runs import Run
 from sgpo_lib.session import open_model
+from sgpo_lib.storage import read_jsonl
 from sgpo_lib.tiny import base_key
 
 Told = tuple[float, float, float, int]
@@ -265,8 +266,9 @@ def opening(run: Run) -> float:
 
 
 def _responses(run: Run) -> list[dict[str, Any]]:
-    known = run.config.data.problems == "testbed"
-    return read_jsonl(run.folder / "evaluation" / "test.jsonl") if known else []
+    if run.config.data.problems != "testbed":
+        return []
+    return read_jsonl(run.folder / "evaluation" / "test.jsonl", {"problem_id": str, "responses": list}, ("problem_id",))
 
 
 def _forks(run: Run) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from sgpo_lib.figures import LABELS, SHARES, add_curve, method_style, methods_of, missing, template
+from sgpo_lib.figures import LABELS, SHARES, add_curve, method_style, methods_of, missing, plain, template
 
 SMOOTHED = 5
 """Steps of the centred moving average that `dynamics` takes within each run."""
@@ -20,6 +20,7 @@ def _colour(low: float, high: float) -> str:
     return _ABOVE if low > 0 else _BELOW if high < 0 else _OPEN
 
 
+@plain
 def differences(table: pd.DataFrame, panels: Mapping[str, str], title: str,
                 published: Mapping[str, float] | None = None) -> go.Figure:
     """Differences to the reference with their intervals: one line per variant, one panel per measure.
@@ -62,6 +63,7 @@ def differences(table: pd.DataFrame, panels: Mapping[str, str], title: str,
     return figure
 
 
+@plain
 def dynamics(metrics: pd.DataFrame, panels: Sequence[tuple[str, Sequence[str]]], title: str,
              titles: Sequence[str] = ()) -> go.Figure:
     """Training metrics over steps side by side: mean over seeds with its 95% band, moving average over 5 steps.
@@ -91,6 +93,7 @@ def dynamics(metrics: pd.DataFrame, panels: Sequence[tuple[str, Sequence[str]]],
     return figure
 
 
+@plain
 def pointing(tokens: pd.DataFrame) -> go.Figure:
     """Fig. 5 as a mean over problems: KL and SFT loss per reasoning step, of the strategy's words and the others.
 
@@ -118,6 +121,7 @@ def pointing(tokens: pd.DataFrame) -> go.Figure:
     return figure
 
 
+@plain
 def sweeps(table: pd.DataFrame, column: str = "speed_difference",
            title: str = "One field at a time: mean accuracy while training, minus SGPO's") -> go.Figure:
     """Small multiples of a difference to the reference over the values of single fields (`Study.sweep_table`).
@@ -149,6 +153,7 @@ def sweeps(table: pd.DataFrame, column: str = "speed_difference",
     return figure
 
 
+@plain
 def by_world(table: pd.DataFrame, title: str, value: str = "test", unit: str = "test accuracy") -> go.Figure:
     """One group of bars per world: a variant's mean share with its interval, cut at 0 and 1.
 

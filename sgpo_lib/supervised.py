@@ -12,15 +12,16 @@ from typing import Any
 import torch
 
 from sgpo_lib.batching import Row
+from sgpo_lib.guards import LOGP, LOSS
 from sgpo_lib.losses.imitation import sft_loss
 from sgpo_lib.problems import require_solutions, require_strategies
 from sgpo_lib.prompts import expert_text, prompt_ids, response_ids
-from sgpo_lib.records import Problem
+from sgpo_lib.records import Problem, Rollout
 from sgpo_lib.session import Session
 
 
-def expert_rows(session: Session) -> tuple[list[Row], list[Row]]:
-    """(training, validation) rows from the warm-up problems; one in ten validates, at least one, chosen by seed.
+def expert_rows(session: Session) -> tuple[list[Rollout], list[Rollout]]:
+    """(training, validation) solutions of the warm-up problems; one in ten validates, at least one, chosen by seed.
 
     Uses the warm-up share of the data, or all training problems where there is no such share; a share
     `guided_share` of the prompts holds the strategy. Raises ValueError for problems without an expert solution (or
@@ -35,10 +36,12 @@ def expert_rows(session: Session) -> tuple[list[Row], list[Row]]:
     if share:
         require_strategies(problems, session.splits.source)
     chance = random.Random(f"sft-guided-{session.config.seed}")
-    rows: list[Row] = [(prompt_ids(tokenizer, p, guided=chance.random() < share),
-                        response_ids(tokenizer, expert_text(p))) for p in problems]
-    for problem, row in zip(problems, rows, strict=True):
+    rows = []
+    for problem in problems:
+        guided, text = chance.random() < share, expert_text(problem)
+        row = prompt_ids(tokenizer, problem, guided=guided), response_ids(tokenizer, text)
         require_room(problem, row, session.policy.context)
+        rows.append(Rollout(problem.id, guided, 0, *row, text, "written"))
     order = list(range(len(rows)))
     random.Random(f"sft-validation-{session.config.seed}").shuffle(order)
     held = max(1, len(rows) // 10)
@@ -53,7 +56,7 @@ def require_room(problem: Problem, row: Row, context: int) -> None:
                          "Shorten the solution or leave the problem out")
 
 
-def supervised_step(session: Session, step: int, rows: Sequence[Row]) -> dict[str, Any]:
+def supervised_step(session: Session, step: int, rows: Sequence[Rollout]) -> dict[str, Any]:
     """One update on one batch: token mean over the batch's response tokens."""
     batch = session.batch_of(rows, step)
     with session.phase("expert"):
@@ -63,21 +66,25 @@ def supervised_step(session: Session, step: int, rows: Sequence[Row]) -> dict[st
 
 
 @torch.no_grad()
-def validation_loss(session: Session, rows: Sequence[Row]) -> float:
-    """Cross-entropy in nats per response token."""
+def validation_loss(session: Session, rows: Sequence[Rollout]) -> float:
+    """Cross-entropy in nats per response token. Raises FloatingPointError where it is not finite."""
     nll, tokens = _accumulate(session, rows, backward=False)
+    session.guard.stop(session.step)
     return nll / tokens
 
 
-def _accumulate(session: Session, rows: Sequence[Row], *, backward: bool) -> tuple[float, int]:
-    """(sum of the cross-entropy in nats, response tokens) over the rows of all workers."""
-    tokens = sum(len(response) for _, response in rows)
-    mine = session.world.share(rows)
+def _accumulate(session: Session, solutions: Sequence[Rollout], *, backward: bool) -> tuple[float, int]:
+    """(sum of the cross-entropy in nats, response tokens) over the solutions that all workers share."""
+    tokens = sum(len(o.token_ids) for o in solutions)
+    mine = session.world.share(solutions)
+    rows: list[Row] = [(o.prompt_ids, o.token_ids) for o in mine]
     sums: collections.Counter = collections.Counter()
-    for part in session.micro_batches(mine, learns=backward):
-        batch = session.policy.token_batch([mine[i] for i in part], session.config.train.layout)
+    for part in session.micro_batches(rows, learns=backward):
+        batch = session.policy.token_batch([rows[i] for i in part], session.config.train.layout)
         logp_N, _ = session.logp_and_entropy(batch)
         output = sft_loss(logp_N, torch.full_like(logp_N, 1 / tokens))
+        session.guard.note("expert solutions" if backward else "validation", [mine[i] for i in part], batch.length_B,
+                           {LOGP: logp_N, LOSS: output.loss})
         sums.update(output.metrics)
         if backward:
             session.backward(output.loss)

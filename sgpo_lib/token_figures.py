@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from sgpo_lib.figures import AUTONOMOUS, GUIDED, missing, template
+from sgpo_lib.figures import AUTONOMOUS, GUIDED, missing, plain, template
 
 MEASURES = {"kl": ("forward KL", AUTONOMOUS, "solid"), "reverse_kl": ("reverse KL", "#009E73", "dash"),
             "sft_loss": ("SFT loss", GUIDED, "dot")}  # fmt: skip
@@ -19,6 +19,7 @@ def _figure(title: str, x: str, y: str) -> go.Figure:
     return figure
 
 
+@plain
 def lorenz_curves(curves: dict[str, pd.DataFrame]) -> go.Figure:
     """Share of the sum that the largest tokens hold; the diagonal is an even spread.
 
@@ -35,6 +36,7 @@ def lorenz_curves(curves: dict[str, pd.DataFrame]) -> go.Figure:
     return figure.update_yaxes(range=[0, 1.02])
 
 
+@plain
 def delta_effect(frame: pd.DataFrame, chosen: float = 1.0) -> go.Figure:
     """What Eq. 5 masks at each delta: shares of tokens and of KL mass (`token_statistics.delta_curve`)."""
     title = f"What clipping at delta masks (vertical line: {chosen:g} nats)"
@@ -50,6 +52,7 @@ def delta_effect(frame: pd.DataFrame, chosen: float = 1.0) -> go.Figure:
     return figure.update_yaxes(range=[0, 1.02])
 
 
+@plain
 def drain(frame: pd.DataFrame) -> go.Figure:
     """Mean KL, the part that delta keeps, and SFT loss of one response over checkpoints (`microscope.drain_frame`)."""
     title = "One response while its strategy is absorbed"

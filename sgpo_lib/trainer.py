@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import json
 import os
-import shutil
 import socket
 import sys
 import time
@@ -21,21 +20,24 @@ from typing import Any
 import torch
 
 from sgpo_lib.benchmarks import load_benchmarks
+from sgpo_lib.collapse import tell_signs
 from sgpo_lib.config import RunConfig, override
 from sgpo_lib.evaluation import Evaluation
 from sgpo_lib.objective import accumulate, autonomous_logp, plan
 from sgpo_lib.problems import load, require_solutions, require_strategies
 from sgpo_lib.prompts import expert_text, prompt_ids, response_ids
 from sgpo_lib.records import Problem
-from sgpo_lib.rollouts.groups import judge_groups, rollout_rows, sample_groups
+from sgpo_lib.rollouts.groups import rollout_rows, sample_groups
 from sgpo_lib.rollouts.interface import sample_seed
-from sgpo_lib.runs import Run, Stopped, locked, open_run, stop_requested, write_atomic
-from sgpo_lib.session import FINAL, Session, open_session
+from sgpo_lib.runs import Run, Stopped, locked, open_run, stop_requested
+from sgpo_lib.session import Session, open_session
 from sgpo_lib.sources.catalogue import readable
 from sgpo_lib.sources.rows import normalised
 from sgpo_lib.step_metrics import step_metrics, step_sums
+from sgpo_lib.storage import write_atomic
 from sgpo_lib.supervised import expert_rows, require_room, supervised_step, validation_loss
 from sgpo_lib.tracking import Tracker
+from sgpo_lib.verdict_rates import counted
 from sgpo_lib.world import World
 
 OnRow = Callable[[dict[str, Any]], None]
@@ -58,12 +60,19 @@ def train(config: RunConfig, *, name: str | None = None, root: Path | None = Non
         return run
     with locked(run.folder):
         try:
+            tell = tell_signs(run.folder.name, run.metrics())
+
+            def take(row: dict[str, Any]) -> None:
+                tell(row)
+                if on_row:
+                    on_row(row)
+
             if config.compute.workers > 1:
                 from sgpo_lib.distributed import train_on_ray
 
-                train_on_ray(work, config, run, on_row)
+                train_on_ray(work, config, run, take)
             else:
-                work(config, run, World(), on_row)
+                work(config, run, World(), take)
         except Exception as error:  # recorded and raised again; an interrupted run has not failed, it continues
             run.fail(error)
             raise
@@ -124,6 +133,7 @@ def _loop(session: Session, on_row: OnRow | None) -> None:
         if step and (step == session.best_step or ((last or keep) and step != session.saved_step)):
             session.save()
 
+    session.guard.require_finite(session.step, "at the start")
     try:
         complete(session.step)
         for step in range(session.step + 1, session.total_steps + 1):
@@ -163,7 +173,10 @@ def sgpo_step(session: Session, step: int) -> dict[str, Any]:
     with session.phase("sample"):  # lines 6 to 8
         groups = sample_groups(session.engine, session.policy.tokenizer, problems, config, step)
     with session.phase("verify"):  # line 9
-        judge_groups(session.verifier, groups)
+        session.guard.judge(session.verifier, groups)
+    session.guard.stop(step)
+    verdicts = [counted(g.problem.id, [o.verdict for o in g.responses]) for g in groups]
+    session.rates.add(session.world.woven(verdicts), f"step {step}")
     session.engine.rest()
     with session.phase("score"):  # lines 11 to 15
         works = plan(session, groups)
@@ -224,15 +237,18 @@ def _check(session: Session) -> None:
 
 
 def _resume(session: Session) -> None:
-    """Continue from the newest whole checkpoint; without one, drop what an earlier start may have logged."""
+    """Continue from the newest whole checkpoint; without one, drop what an earlier start may have logged.
+
+    Damaged checkpoints are set aside. Raises ValueError where all are damaged.
+    """
     first = session.world.first
-    checkpoints = session.world.from_first(session.run.checkpoints())
-    if checkpoints:
-        session.restore(checkpoints[-1], json.loads((checkpoints[-1] / "state.json").read_text(encoding="utf-8")))
+    newest = session.world.by_first(session.run.newest_checkpoint)
+    if newest:
+        session.restore(newest, json.loads((newest / "state.json").read_text(encoding="utf-8")))
         if first:
             print(f"{session.run.folder.name}: resumed after step {session.step}", file=sys.stderr, flush=True)
     if first:  # rows of steps that come again
-        session.run.forget_after(session.step if checkpoints else -1)
+        session.run.forget_after(session.step if newest else -1)
     session.world.wait()
 
 
@@ -257,13 +273,16 @@ def _finish(session: Session, log: OnRow) -> None:
     """Final weights, final evaluation on the test problems (and those of `transfer`), summary, DONE."""
     run, config = session.run, session.config
     if session.best_step >= 0 and session.best_step != session.step:
-        session.policy.load(run.folder / "checkpoints" / f"step-{session.best_step:06d}")
-    temporary = Path(session.world.from_first(str(run.folder / f".{FINAL}.{os.getpid()}")))
-    session.policy.save(temporary)
-    weights = session.policy.fingerprint()
+        session.policy.load(session.world.by_first(lambda: run.checkpoint(session.best_step)))
+
+    def write(folder: Path) -> None:
+        session.policy.save(Path(session.world.from_first(str(folder))))
+
     if session.world.first:
-        shutil.rmtree(run.folder / FINAL, ignore_errors=True)
-        temporary.rename(run.folder / FINAL)
+        run.save_final(write)
+    else:
+        write(Path())
+    weights = session.policy.fingerprint()
     rows = run.metrics()
     summary: dict[str, Any] = {
         "method": config.method.method, "profile": config.profile, "seed": config.seed, "steps": session.step,

@@ -9,6 +9,7 @@ to be; `Policy.load` reads the weights of both.
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from sgpo_lib.parallel import Sharded
 from sgpo_lib.policy import SHARDS, Policy
+from sgpo_lib.storage import disk_full
+from sgpo_lib.weight_files import load_shards
 
 OPTIMIZER = "optimizer.pt"
 
@@ -32,30 +35,49 @@ def save_state(policy: Policy, optimizer: torch.optim.Optimizer, copies: list[to
     rest: dict[str, Any] = {"guided_side": copies}
     policy.settle()
     if isinstance(policy, Sharded):
-        import torch.distributed.checkpoint as dcp
-
-        dcp.save({"model": get_model_state_dict(policy.model),
-                  "optimizer": get_optimizer_state_dict(policy.model, optimizer)}, checkpoint_id=str(folder / SHARDS))
+        _save_shards({"model": get_model_state_dict(policy.model),
+                      "optimizer": get_optimizer_state_dict(policy.model, optimizer)}, folder / SHARDS)
     else:
         policy.save(folder)
         rest["optimizer"] = get_optimizer_state_dict(policy.model, optimizer)
     if first:
-        torch.save(rest, folder / OPTIMIZER)
+        with (folder / OPTIMIZER).open("wb") as file:  # by its name, torch would not tell a full disk from other errors
+            torch.save(rest, file)
+
+
+def _save_shards(state: dict[str, Any], folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    class Writer(dcp.FileSystemWriter):
+        """Torch's, which names a full disk: what led to an error is lost on the way from worker to worker."""
+
+        def write_data(self, *given: Any) -> Any:
+            try:
+                return super().write_data(*given)
+            except Exception as error:
+                if full := disk_full(error, folder, 0):
+                    raise full from error
+                raise
+
+    dcp.save(state, storage_writer=Writer(folder))
 
 
 def load_state(policy: Policy, optimizer: torch.optim.Optimizer, folder: Path) -> list[torch.Tensor]:
     """Take what `save_state` wrote; returns the guided side's copies. All workers call it.
 
-    Raises ValueError where the folder holds other weights.
+    Raises ValueError where the folder holds other weights, or an optimizer.pt that is more than tensors.
     """
     policy.load(folder)
-    stored = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
+    try:
+        stored = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{folder / OPTIMIZER}: refused: not what a checkpoint holds there "
+                         f"({str(error).splitlines()[0][:200]}). Nothing of it ran. Restore the file, or remove this "
+                         "checkpoint: the run continues from the one before it") from None
     model = policy.model
     if (folder / SHARDS).exists():
-        import torch.distributed.checkpoint as dcp
-
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(state, checkpoint_id=str(folder / SHARDS))
+        load_shards(state, folder / SHARDS)
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
     else:
         set_optimizer_state_dict(model, optimizer, stored["optimizer"], options=StateDictOptions(full_state_dict=True))

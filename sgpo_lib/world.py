@@ -8,7 +8,7 @@ collective: all workers must call it, in the same order. In a world of one it co
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -56,6 +56,19 @@ class World:
         held = [value]
         torch.distributed.broadcast_object_list(held, src=0)
         return held[0]
+
+    def by_first(self, find: Callable[[], Item]) -> Item:
+        """What `find` gives on the first worker, the only one to call it, on all of them. What it raises, all raise."""
+        found: Any = None
+        if self.first:
+            try:
+                found = find()
+            except Exception as error:  # the others wait for word
+                found = error
+        found = self.from_first(found)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def wait(self) -> None:
         """Until all workers are here."""

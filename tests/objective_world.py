@@ -15,12 +15,14 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from sgpo_lib.config import RunConfig
+from sgpo_lib.guards import Guard
 from sgpo_lib.guided_side import GuidedSide
 from sgpo_lib.objective import ProblemWork, accumulate, autonomous_logp, plan
 from sgpo_lib.policy import Policy
@@ -57,6 +59,7 @@ class FakeSession:
         self.config, self.policy = config, policy
         self.seconds, self.work, self.memory = {}, collections.Counter(), None
         self.guided_side = GuidedSide(policy, config.method.guided_side, config.method.ema_decay)
+        self.guard = Guard(Path(), policy, self.world)
 
 
 class Scores:

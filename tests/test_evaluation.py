@@ -231,4 +231,5 @@ def test_results_are_stored_one_line_per_problem(verifier, tmp_path: Path):
     found.write(tmp_path / "evaluation" / "test.jsonl")
     lines = (tmp_path / "evaluation" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     back = [json.loads(line) for line in lines]
-    assert [ProblemResult(**{**r, "responses": tuple(r["responses"])}) for r in back] == list(found.results)
+    again = [ProblemResult(**{**r, **{n: tuple(r[n]) for n in ("responses", "reasons")}}) for r in back]
+    assert again == list(found.results)

@@ -30,7 +30,7 @@ def saved_run(root: Path, config: RunConfig, done: bool = True, step: int = 0) -
     if step:
         run.save_checkpoint(step, policy.save, {}, keep=2)
     if done:
-        policy.save(run.folder / "final")
+        run.save_final(policy.save)
         run.finish({"steps": config.train.steps, "weights": policy.fingerprint()})
     return run
 

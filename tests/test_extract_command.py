@@ -165,7 +165,7 @@ def test_what_was_left_out_is_asked_about_once_the_setting_takes_it(bench):
     (lambda row: json.dumps({**row, "notes": 7}), ""),
     (lambda row: json.dumps({**row, "candidates": [{"text": "a", "leaks": [{"start": 1}]}]}), ""),
     (lambda row: "[]", ""),
-    (lambda row: "[" * 100_000, "recursion"),
+    (lambda row: "[" * 100_000, "nested too deeply to be read"),
     (lambda row: "", ""),
 ])  # fmt: skip
 def test_a_faulty_line_is_named_and_the_file_left_as_it_is(bench, fault, told):

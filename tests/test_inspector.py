@@ -178,7 +178,10 @@ def test_an_accepted_strategy_that_leaks_is_quarantined_until_it_is_accepted_aga
     send(inspector, {"id": "b", "decision": "accepted", "comment": "a word"})  # a comment confirms nothing
     assert lines(path)[0]["status"] == "leaking"
     send(inspector, {"id": "b", "decision": "accepted", "confirm": True})
-    assert lines(path)[0]["status"] == "kept" and inspector.item["quarantined"] is False
+    assert lines(path)[0]["status"] == "leaking" and "not stored: comment: got none" in inspector.told
+    send(inspector, {"id": "b", "decision": "accepted", "confirm": True, "comment": "42 is the year"})
+    assert lines(path)[0]["status"] == "kept" and lines(path)[0]["comment"] == "42 is the year"
+    assert inspector.item["quarantined"] is False
     inspector.decide("b", "accepted", comment="checked")
     assert lines(path)[0]["status"] == "kept", "confirmed for this wording"
     inspector.decide("b", "accepted", edited={**EDITED, "strategy": "Note that the answer is 42"})

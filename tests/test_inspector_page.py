@@ -24,7 +24,8 @@ from sgpo_lib.rewards import Verifier
 from sgpo_lib.widgets.strategy_inspector import StrategyInspector
 
 WIDGETS = Path(sgpo_lib.__file__).parent / "widgets"
-SCRIPT = (WIDGETS / "strategy_inspector/inspector.js").read_text(encoding="utf-8")
+SCRIPT = "".join((WIDGETS / name).read_text(encoding="utf-8") for name in ("shared/make.js",
+                                                                         "strategy_inspector/inspector.js"))
 STYLE = (WIDGETS / "strategy_inspector/inspector.css").read_text(encoding="utf-8")
 KATEX = WIDGETS / "katex/katex.min.js"
 ROOT = WIDGETS.parents[1]
@@ -100,7 +101,7 @@ def test_model_text_reaches_the_page_as_it_is(tmp_path):
 ])  # fmt: skip
 def test_formulas_by_katex_hold_no_link_and_no_markup_of_the_model(tmp_path, tex):
     """The real KaTeX with the options of the page."""
-    options = re.search(r"katex\.render\(tex, span, (\{[^}]*\})", SCRIPT)
+    options = re.search(r"katex\.render\([^,]+, span, (\{[^}]*\})", SCRIPT)
     assert options and re.search(r"trust:\s*false", options[1]) and re.search(r"maxExpand:\s*\d{1,4}\b", options[1])
     html = node(tmp_path, f"const katex = require({json.dumps(str(KATEX))}), display = false;\n"
                 "const tex = JSON.parse(require('fs').readFileSync(0)); let html = '';\n"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_notebooks import write_notebook
 
 from sgpo_lib.jobs import read_job
 from sgpo_lib.kl_page import shortened, stored_groups, worth
-from sgpo_lib.pages import KL_LINK, PLOTLY_TAG
+from sgpo_lib.pages import KL_LINK, PLOTLY_TAG, notebook_html
 from sgpo_lib.records import Problem
 from sgpo_lib.report import write_report
 from sgpo_lib.testbed import make_problem
@@ -58,6 +60,14 @@ def test_long_responses_are_left_out_but_never_all():
     assert [o.sample for o in shortened(group, 5, 500).responses] == [1], "the first correct guided one, however long"
     assert [len(o.token_ids) for o in shortened(group, 1000, 50).responses] == [30, 20, 50], "60 exceed the context"
     assert shortened(group, 1000, 10).responses == []
+
+
+def test_a_page_with_a_microscope_beside_it_begins_with_the_link(tmp_path):
+    notebook = write_notebook(tmp_path, "1")
+    assert KL_LINK not in notebook_html(notebook)
+    (tmp_path / "token_kl.html").write_text("the microscope")
+    page = notebook_html(notebook)
+    assert re.search(r"<(?:main|body[^>]*)>$", page.partition(str(KL_LINK))[0]) and "&lt;main" not in page
 
 
 @pytest.mark.parametrize("there", [True, False])

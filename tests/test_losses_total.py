@@ -15,6 +15,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from losses_common import TOLERANCE, difference_gradient, gradient, leaf
 from torch import Tensor
 
 from sgpo_lib.batching import LAYOUTS, TokenBatch
+from sgpo_lib.guards import Guard
 from sgpo_lib.guided_side import GuidedSide
 from sgpo_lib.losses.head import Head
 from sgpo_lib.objective import accumulate, autonomous_logp, plan
@@ -95,6 +97,7 @@ class FakeSession:
         self.config, self.policy = config, PrefixPolicy(weights, dtype)
         self.work = collections.Counter()
         self.guided_side = GuidedSide(self.policy, config.method.guided_side, config.method.ema_decay)
+        self.step, self.guard = 0, Guard(Path(), self.policy, self.world)
 
     def batch_of(self, rows: Any, step: int) -> Any:
         return rows
@@ -194,7 +197,7 @@ def ours(world: World, name: str, options: dict[str, Any], groups: list[RolloutG
          on_policy: bool = False, dtype: torch.dtype = torch.float64, **train: Any
          ) -> tuple[float, list[Tensor], collections.Counter]:
     """(loss, gradients, sums) of a mini-batch after an update away from the weights of the old log-probabilities."""
-    fields = {"kl_chunk_tokens": 4, "micro_batch": 100, **options, **train}
+    fields = {"kl_chunk_tokens": 4, "micro_batch": 100, "skip_untaught": False, **options, **train}
     session: Any = FakeSession(from_parameters("tiny", name, **fields), world.old, dtype)
     groups = world.groups if groups is None else groups
     old = autonomous_logp(session, plan(session, groups))
@@ -342,12 +345,12 @@ def test_without_old_log_probabilities_the_policy_is_its_own_old_one(name):
 @pytest.mark.parametrize("layout", LAYOUTS[:3])
 def test_the_supervised_step_is_the_token_mean_of_its_batch(micro_batch, layout):
     world = make_world(7)
-    rows = [(g.unguided_prompt_ids, g.expert.token_ids) for g in world.groups]
+    rows = [g.expert for g in world.groups]
     config = from_parameters("tiny", "sft", micro_batch=micro_batch, layout=layout, kl_chunk_tokens=4)
     session: Any = FakeSession(config, world.now)
 
     def loss(weights: Weights) -> float:
-        return oracles.sft([oracles.token_logps(logits(weights, *row), row[1]) for row in rows])
+        return oracles.sft([oracles.token_logps(logits(weights, o.prompt_ids, o.token_ids), o.token_ids) for o in rows])
 
     np.testing.assert_allclose(supervised_step(session, 1, rows)["loss"], loss(world.now), rtol=1e-10)
     np.testing.assert_allclose(validation_loss(session, rows), loss(world.now), rtol=1e-10)

@@ -28,8 +28,7 @@ from sgpo_lib.policy_sources import checkpoint_steps, open_policy, readings_over
 from sgpo_lib.prompts import prompt_ids
 from sgpo_lib.readings import COLUMNS, TokenReadings
 from sgpo_lib.records import Problem, Rollout, RolloutGroup, Verdict
-from sgpo_lib.runs import Run, open_run
-from sgpo_lib.session import FINAL
+from sgpo_lib.runs import FINAL, Run, open_run
 from sgpo_lib.token_statistics import DELTAS, delta_curve, lorenz, rank_correlations, spearman
 
 
@@ -317,7 +316,7 @@ def run_of(base: Path, root: Path, name: str, *, done: bool = True, rank: int = 
         scaled(policy, 1.5 if not rank else 1.0, shift=0.02 if rank else 0.0)
         run.save_checkpoint(step, policy.save, {}, keep=9)
     if done:
-        policy.save(run.folder / FINAL)
+        run.save_final(policy.save)
         run.finish({})
     return run
 
@@ -446,7 +445,7 @@ def test_adapters_that_cannot_be_opened(base, tmp_path):
             open_policy(source)
     assert open_policy(gone, base=str(base)).lora
     (tmp_path / "gone" / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"no adapter_model\.safetensors beside"):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors: there is no such file"):
         open_policy(gone, base=str(base))
     (tmp_path / "gone" / "adapter_config.json").write_text("[")
     with pytest.raises(ValueError, match=r"cannot be read .*expected the file that PEFT writes"):

@@ -39,7 +39,7 @@ def test_a_refused_secret_is_not_repeated(tmp_path, capsys):
     path = write_notebook(tmp_path)
     assert main(["run", str(path), "-p", f"name={TOKEN}", "--job", str(tmp_path / "job")]) == 2
     err = capsys.readouterr().err
-    assert "parameter 'name' of trial.ipynb looks like a key" in err and TOKEN not in err
+    assert "'name' of trial.ipynb looks like a key" in err and TOKEN not in err
     assert not (tmp_path / "job").exists()
 
 

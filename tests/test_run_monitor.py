@@ -145,6 +145,21 @@ def test_time_left_is_the_median_of_the_last_twenty_steps(tmp_path):
         assert (followed(tmp_path / "b").status()["total"], followed(tmp_path / "b").status()["left"]) == (None, None)
 
 
+def test_warnings_last_as_long_as_what_they_tell(tmp_path):
+    """Read from the rows as they come, also of steps that come again."""
+    folder = begun(tmp_path, "a", *(row(i, length_limit_share=1.0) for i in range(1, 5)))
+    follower = followed(folder)
+    assert follower.status()["warnings"] == []
+    append(folder, row(5, length_limit_share=1.0))
+    assert follower.read() and ["100% of the responses were cut" in w for w in follower.status()["warnings"]] == [True]
+    append(folder, row(6, length_limit_share=0.0))
+    assert follower.read() and follower.status()["warnings"] == []
+    append(folder, *(row(i, length_limit_share=1.0) for i in range(7, 12)))
+    assert follower.read() and follower.status()["warnings"][0].startswith("since step 7: ")
+    Run(folder, from_parameters("tiny", "sgpo", 0, steps=40)).forget_after(9)
+    assert follower.read() and follower.status()["warnings"] == []
+
+
 def test_states(tmp_path):
     folder = tmp_path / "a"
     follower = Follower(folder, "a", KNOWN)

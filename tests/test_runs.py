@@ -15,7 +15,8 @@ import pytest
 
 from sgpo_lib import runs
 from sgpo_lib.config import RunConfig, from_yaml, override
-from sgpo_lib.runs import Run, list_runs, load_run, locked, open_run, read_jsonl, runs_root, write_atomic
+from sgpo_lib.runs import Run, list_runs, load_run, locked, open_run, runs_root
+from sgpo_lib.storage import read_jsonl, write_atomic
 
 CONFIG = RunConfig()
 CANARY = "canary-5f0c2b"
@@ -166,7 +167,7 @@ def test_garbage_in_the_middle_is_an_error_with_file_and_line(run, garbage, line
     with path.open("a", encoding="utf-8") as file:
         file.write(garbage)
     run.log(row(2))
-    with pytest.raises(ValueError, match="not a JSON row") as error:
+    with pytest.raises(ValueError, match="not JSON at column") as error:
         run.metrics()
     assert str(error.value).startswith(f"{path}:{line}: ")
 
@@ -229,13 +230,30 @@ def test_leftovers_of_a_killed_process_are_removed(run):
     assert names(run) == ["step-000001"]
 
 
-def test_a_folder_without_state_is_no_checkpoint(run):
+def test_a_checkpoint_is_replaced_by_a_later_one_of_its_step(run):
     (run.folder / "checkpoints" / "step-000005").mkdir(parents=True)
-    assert run.checkpoints() == []
     run.save_checkpoint(5, weights("whole"), {}, keep=1)
     assert [p.name for p in run.checkpoints()] == ["step-000005"]
     run.save_checkpoint(5, weights("again"), {}, keep=1)
     assert (run.checkpoints()[0] / "optimizer.pt").read_text(encoding="utf-8") == "again"
+    assert run.newest_checkpoint() == run.checkpoint(5)
+
+
+def test_a_checkpoint_that_was_about_to_be_replaced_is_found_again(run):
+    """Killed between the two renames: the old one had been moved away, the new one had not its name yet."""
+    folder = run.save_checkpoint(5, weights("whole"), {}, keep=2)
+    folder.rename(folder.with_name(".step-000005.replaced"))
+    (folder.parent / ".step-000005.4242" / "model").mkdir(parents=True)
+    assert run.newest_checkpoint() == folder and names(run) == ["step-000005"]
+
+
+def test_the_best_of_a_kept_checkpoint_is_kept_with_it(run):
+    for step, best in ((2, 2), (4, 2), (6, 6), (8, 6)):
+        run.save_checkpoint(step, weights(str(step)), {"best_step": best}, keep=2, protected=(best,))
+    assert names(run) == ["step-000002", "step-000004", "step-000006", "step-000008"]
+    (run.folder / "checkpoints" / "step-000006" / "optimizer.pt").write_text("7")
+    assert run.newest_checkpoint() == run.checkpoint(4), "8 cannot end without 6"
+    assert names(run) == ["damaged-step-000006", "damaged-step-000008", "step-000002", "step-000004"]
 
 
 @pytest.mark.parametrize("keep, protected, left", [

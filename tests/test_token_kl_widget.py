@@ -18,10 +18,10 @@ import pandas as pd
 import pytest
 import traitlets
 
+from sgpo_lib.escaping import json_html
 from sgpo_lib.readings import TokenReadings
 from sgpo_lib.widgets.token_kl import _PARTS, Pane, TokenKL, _source, _style, payload, ramps, static
 from sgpo_lib.widgets.token_kl.metrics import METRICS
-from sgpo_lib.widgets.token_kl.page import json_for_html
 from sgpo_lib.widgets.token_kl.static import static_html
 
 HOSTILE = [
@@ -211,7 +211,7 @@ class Seen(html.parser.HTMLParser):
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
-        self.feed(page)
+        self.feed(str(page))
 
     def handle_starttag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))
@@ -247,14 +247,14 @@ def test_hostile_tokens_stay_text_in_the_static_view_and_the_export(payload_text
 
 def test_the_exported_page_forbids_every_request_and_every_other_script(tmp_path):
     page = TokenKL(readings_of(TEXTS), title="t").to_html(tmp_path / "p.html").read_text(encoding="utf-8")
-    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1)
+    policy = html.unescape(re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1))
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy and "http" not in policy
     for tag, kind in (("style", "style-src"), ("script type=\"module\"", "script-src")):
         body = re.search(rf"<{tag}>(.*?)</{tag.split()[0]}>", page, re.S).group(1)
         digest = base64.b64encode(hashlib.sha256(body.encode()).digest()).decode()
         assert f"{kind} 'sha256-{digest}'" in policy
     assert "http:" not in _source("page") + _style() and "innerHTML" not in page and "import(" not in page
-    assert "<" not in json_for_html({"a": "</script><!--&"}) and json.loads(json_for_html({"a": "<&>"})) == {"a": "<&>"}
+    assert "<" not in json_html({"a": "</script><!--&"}) and json.loads(json_html({"a": "<&>"})) == {"a": "<&>"}
     blobs = re.findall(r'<script class="blob" type="application/octet-stream">(.*?)</script>', page)
     assert [base64.b64decode(b) for b in blobs] == TokenKL(readings_of(TEXTS), title="t").blobs
 
@@ -273,7 +273,7 @@ def test_no_part_of_the_module_parses_html_or_runs_text():
 def test_the_static_view_shows_every_token(metric):
     frame = readings_of(TEXTS, pieces=PIECES)
     page = static_html(frame, metric, delta=0.5, title="one response")
-    shown = "".join(static.visible(t or p) for t, p in zip(TEXTS, PIECES, strict=True))
+    shown = "".join(static.visible(t or p, ends=True) for t, p in zip(TEXTS, PIECES, strict=True))
     assert shown in Seen(page).text and "one response · guided 0" in page
     over = int((frame.table["forward_kl"] > 0.5).sum())
     assert over > 0 and page.count(static._OVER) == over and f"{over:,} of {len(TEXTS):,} tokens" in page
@@ -301,7 +301,7 @@ def test_text_from_right_to_left_is_isolated():
 
 def test_text_without_a_shape_is_shown_as_a_code():
     assert static.visible("a\u202eb\u200b\x00") == "a[U+202E]b[U+200B][U+0000]"
-    assert static.visible("x\n\ty") == "x↵\n→\ty"
+    assert static.visible("x\n\ty", ends=True) == "x↵\n→\ty"
     assert static.visible("\u0301e\u0301") == "◌\u0301e\u0301" and static.visible("猫 \U0001f600") == "猫 \U0001f600"
 
 

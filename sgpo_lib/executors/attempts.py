@@ -15,7 +15,9 @@ from typing import Any
 
 from sgpo_lib.executors.interface import Ended
 from sgpo_lib.jobs import job_runs, read_job
-from sgpo_lib.runs import load_run, write_atomic
+from sgpo_lib.redaction import Redactor
+from sgpo_lib.runs import load_run
+from sgpo_lib.storage import write_atomic
 
 
 def read_attempts(folder: Path) -> list[dict[str, Any]]:
@@ -81,7 +83,8 @@ def goes_nowhere(folder: Path) -> bool:
 
 def record_failure(folder: Path, error: str, message: str) -> None:
     """Write FAILED.json for a job that could not do it itself."""
-    write_atomic(folder / "FAILED.json", json.dumps({"cell": None, "error": error, "message": message, "time": _now()}))
+    record = {"cell": None, "error": error, "message": Redactor()(message), "time": _now()}
+    write_atomic(folder / "FAILED.json", json.dumps(record))
 
 
 def record_no_progress(folder: Path) -> Ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from sgpo_lib.executors.attempts import begin, end, record_failure
 from sgpo_lib.executors.interface import Ended, Order
 from sgpo_lib.jobs import STOPPED, read_job
+from sgpo_lib.redaction import Redactor, lines_into
 
 LINES = 3
 """Last lines of a process's output that tell why it never came as far as the notebook."""
@@ -34,13 +36,17 @@ class Child:
             command = ["bash", "-c", "\n".join(["set -e", *setup, "set +e", 'exec "$@"']), "bash", *command]
         if guard := shutil.which("setpriv"):  # util-linux
             command = [guard, "--pdeathsig", "TERM", *command]
-        with (self.folder / "process.txt").open("wb") as output:
-            try:
-                self._process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=order.cwd,
-                    env={**os.environ, **order.env, **(env or {})}, start_new_session=True)
-            except OSError as error:  # another machine may lack the folder or the program
-                output.write(f"{error}\n".encode())
+        environment = {**os.environ, **order.env, **(env or {})}
+        self._output = contextlib.ExitStack()
+        file = self._output.enter_context((self.folder / "process.txt").open("w", encoding="utf-8", buffering=1))
+        redact = Redactor(environment)
+        pipe = self._output.enter_context(lines_into(
+            lambda line: file.write(redact(line)), lambda: file.closed))
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=subprocess.STDOUT,
+                                             cwd=order.cwd, env=environment, start_new_session=True)
+        except OSError as error:  # another machine may lack the folder or the program
+            os.write(pipe, f"{error}\n".encode())
 
     def send(self, number: int) -> None:
         """Send a signal to the process and its shell, not to the kernel, which has a group of its own."""
@@ -50,6 +56,7 @@ class Child:
     def poll(self) -> Ended | None:
         """How it ended; None while it runs."""
         if self._ended is None and (self._process is None or self._process.poll() is not None):
+            self._output.close()
             self._ended = judge(self.folder, self._process.returncode if self._process else None)
             end(self.folder, self._ended)
         return self._ended

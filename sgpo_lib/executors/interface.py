@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from sgpo_lib.batch_spec import Batch, Job
-from sgpo_lib.runs import runs_root, write_atomic
+from sgpo_lib.runs import runs_root
+from sgpo_lib.storage import write_atomic
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,20 @@ No line is ever taken out before what replaces it is written, and a file that is
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+import codecs
+from collections.abc import Sequence
 from pathlib import Path
 
 from sgpo_lib.extraction.records import Extraction, from_row, to_row
 from sgpo_lib.records import Problem
+from sgpo_lib.storage import NotJson, append_row, parse_row, set_torn_aside, write_jsonl
 
 _BEGIN = b'{"id": "'
 """Begins every line of an output file: how a line of ours that was cut off is told from a person's text."""
 
 
 def lines_of(problems: Sequence[Problem], model: str, candidates: int, out: Path) -> dict[str, Extraction]:
-    """What `out` holds already, by problem. A last line that was cut off is taken out of the file.
+    """What `out` holds already, by problem. A last line that was cut off is set aside (storage.py).
 
     Raises ValueError where a line is none of ours, or of another model, number of candidates, text or response.
     """
@@ -36,8 +36,7 @@ def lines_of(problems: Sequence[Problem], model: str, candidates: int, out: Path
             raise ValueError(f"{out}: problem {e.problem.id} has {len(e.candidates)} candidates there, this run asks "
                              f"for {candidates}. Name another file")
     stored = {e.problem.id: e for e in before}
-    if out.exists() and out.read_bytes()[-1:] not in (b"", b"\n"):
-        _replace(out, stored)
+    set_torn_aside(out)
     return stored
 
 
@@ -46,22 +45,9 @@ def store(out: Path, stored: dict[str, Extraction], found: Sequence[Extraction])
     again = any(e.problem.id in stored for e in found)
     stored |= {e.problem.id: e for e in found}
     if again:
-        _replace(out, stored)
-    else:
-        _write(out, found, "a")
-
-
-def _replace(out: Path, stored: Mapping[str, Extraction]) -> None:
-    part = out.with_name(f"{out.name}.part")
-    _write(part, [*stored.values()], "w")
-    part.replace(out)
-
-
-def _write(path: Path, found: Sequence[Extraction], mode: str) -> None:
-    with path.open(mode, encoding="utf-8") as file:
-        file.writelines(json.dumps(to_row(e), ensure_ascii=False) + "\n" for e in found)
-        file.flush()
-        os.fsync(file.fileno())
+        write_jsonl(out, map(to_row, stored.values()))
+    for e in () if again else found:
+        append_row(out, to_row(e))
 
 
 def read_extractions(path: Path) -> list[Extraction]:
@@ -71,22 +57,20 @@ def read_extractions(path: Path) -> list[Extraction]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: got no file, expected the output of sgpo extract (strategies.jsonl)")
-    *lines, last = path.read_bytes().split(b"\n")
-    if last.strip() and not _cut_off(last):
-        lines.append(last)
-    found = []
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    found, seen = [], dict[str, int]()
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(from_row(json.loads(line)))
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:  # a person's file
+            row = parse_row(line, '"id": ..., "status": ..., "candidates": ...')
+            if row is None:
+                if number < len(lines):
+                    raise ValueError("empty")
+                continue
+            found.append(from_row(row))
+            if seen.setdefault(row["id"], number) != number:
+                raise ValueError(f"id: got {row['id']!r}, which line {seen[row['id']]} has too")
+        except ValueError as error:  # a person's file
+            if isinstance(error, NotJson) and number == len(lines) and line[: len(_BEGIN)] == _BEGIN[: len(line)]:
+                break
             raise ValueError(f"{path}:{number}: {error}. Expected a line of sgpo extract") from error
     return found
-
-
-def _cut_off(last: bytes) -> bool:
-    """Whether what stands after the last newline is the beginning of a line of ours: being written, or broken off."""
-    try:
-        json.loads(last)
-    except (ValueError, RecursionError):  # any bytes
-        return last[: len(_BEGIN)] == _BEGIN[: len(last)]
-    return False

@@ -21,9 +21,8 @@ from typing import Any
 
 from sgpo_lib.rollouts.interface import Sample, SampleRequest, require_room
 
-_START = ("vllm serve MODEL --enable-lora --max-lora-rank R --worker-extension-cls "
-          "sgpo_lib.rollouts.vllm_worker.WeightReader with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and "
-          "VLLM_SERVER_DEV_MODE=1 in its environment")
+_START = ("sgpo serve MODEL --lora-rank R, on a loopback address (elsewhere VLLM_SERVER_DEV_MODE=1 would let anybody "
+          "change its weights)")
 
 
 class ServerEngine:

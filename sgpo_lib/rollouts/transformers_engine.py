@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sgpo_lib.policy import Policy
+from sgpo_lib.rollouts.decoding import decoding, with_room
 from sgpo_lib.rollouts.interface import Sample, SampleRequest, require_room
 
 _HEAD = 1024
@@ -68,7 +69,7 @@ class TransformersEngine:
         training = self.policy.model.training
         self.policy.model.eval()
         try:
-            with self.policy.whole():
+            with self.policy.whole(), decoding(self.policy.causal_model()):
                 for start in range(0, len(order), self.batch):
                     chosen = order[start : start + self.batch]
                     drawn = self._generate([requests[i] for i in chosen], temperature, top_p, max_new_tokens)
@@ -128,6 +129,7 @@ class TransformersEngine:
             raise ValueError(f"model.source: {type(self.policy.model).__name__} keeps no cache of keys and values, "
                              "without which every token would read its whole prompt again. Use rollout.sampler=vllm")
         cache.batch_select_indices(place_B)
+        with_room(cache)
         return cache, output.logits[place_B, -1], mask_PS[place_B]
 
     def _forward(self, ids_BT: Tensor, mask_BS: Tensor, cache: Any) -> Any:

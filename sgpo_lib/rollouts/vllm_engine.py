@@ -51,8 +51,8 @@ class VLLMEngine:
         self.stop_ids, self.sleeps, self.asleep = list(stop_ids), sleep, False
         try:
             # log-probabilities of the model itself: before temperature and top-p, as `Sample.logp` promises
-            self.llm = LLM(model=source, logprobs_mode="raw_logprobs", enable_sleep_mode=sleep,
-                           worker_extension_cls=READER, use_tqdm_on_load=False, **arguments)
+            self.llm = LLM(model=source, load_format="safetensors", logprobs_mode="raw_logprobs",
+                           enable_sleep_mode=sleep, worker_extension_cls=READER, use_tqdm_on_load=False, **arguments)
         except (RuntimeError, ValueError, OSError) as error:  # vLLM's own process does not say more than its log
             raise ValueError(f"vLLM cannot start with {source!r} ({str(error).splitlines()[0]}). Its log above says "
                              "why; most often memory: lower compute.gpu_memory_share or kv_cache_gb") from error

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sgpo_lib.sources.rows import Distinct, got
+from sgpo_lib.sources.rows import Distinct
+from sgpo_lib.storage import parse_row
 
 Parse = Callable[[dict[str, Any], str], None]
 """Takes a line's object and where it stands (`line 3`); raises ValueError for a fault."""
@@ -36,13 +37,6 @@ def read(path: Path, parse: Parse, field: str, expected: str) -> None:
         try:  # the user's text; all lines are read before any fault is reported
             if (raw := row()) is not None:
                 parse(raw, f"line {line}")
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            faults.append(f"{path}:{line}: got byte 0x{byte:02x}, expected UTF-8: save the file as UTF-8")
-        except json.JSONDecodeError as error:
-            faults.append(f"{path}:{line}: not JSON at column {error.colno} ({error.msg}), expected one object a line")
-        except RecursionError:
-            faults.append(f"{path}:{line}: nested too deeply to be read, expected one object a line")
         except ValueError as error:
             faults.append(f"{path}:{line}: {error}")
     if faults:
@@ -52,20 +46,7 @@ def read(path: Path, parse: Parse, field: str, expected: str) -> None:
 
 def _lines(path: Path) -> Iterator[Row]:
     for line in path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"):
-        yield functools.partial(_object, line)
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    """A line's object; None for an empty line."""
-    def refuse(constant: str) -> None:
-        raise ValueError(f"got {constant}, which JSON does not have: write null or leave the field out")
-
-    if not line.strip():
-        return None
-    found = json.loads(line.decode("utf-8"), parse_constant=refuse)
-    if not isinstance(found, dict):
-        raise ValueError(f"{got(found)}, expected an object like {{\"prompt\": ..., \"answer\": ...}}")
-    return found
+        yield functools.partial(parse_row, line, '"prompt": ..., "answer": ...')
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -116,6 +116,22 @@ def test_appended_rows_move_the_curves_and_a_lost_message_is_asked_for(monitor_p
     assert folder.exists()
 
 
+def test_warnings_stand_below_their_run(monitor_page, tmp_path):
+    """What a collapse watch says, in the colour of warnings, and told to who listens when it comes."""
+    page = monitor_page
+    begun(tmp_path, "a", *(row(i, length_limit_share=1.0) for i in range(1, 6)))
+    begun(tmp_path, "b", row(1, alpha=1.0))
+    page.set_content(page_of(quiet(["a", "b"], root=tmp_path)))
+    lines = page.locator(".runs tbody tr")
+    assert lines.count() == 3 and "100% of the responses were cut at the length limit" in lines.nth(1).inner_text()
+    cell = lines.nth(1).locator("td.warning")
+    assert cell.evaluate("e => getComputedStyle(e).color") == "rgb(138, 90, 0)" and cell.get_attribute("colspan") == "6"
+    page.evaluate("""() => { const [a, b] = model.get("state");
+      model.set("state", [{...a, warnings: []}, {...b, warnings: ["since step 2: <i>news</i>"]}]); }""")
+    page.wait_for_function("document.querySelector('.news').textContent.includes('warning, since step 2: <i>news</i>')")
+    assert page.locator(".runs td.warning").all_inner_texts() == ["Warning, since step 2: <i>news</i>."]
+
+
 def test_a_long_run_is_drawn_fast(monitor_page, tmp_path):
     page = monitor_page
     begun(tmp_path, "a", *(row(i, **dict.fromkeys(("alpha", "loss", "entropy", "kl_mean", "reward_guided",

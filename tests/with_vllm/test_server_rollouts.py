@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from conftest import MODEL, RANK
+from conftest import KEY, MODEL, RANK
 from rollout_world import SETTINGS, gap, move, requests_of
 from servers import free_port
 
@@ -17,6 +19,7 @@ from sgpo_lib.policy import Policy
 from sgpo_lib.recipes import from_parameters
 from sgpo_lib.rollouts.delivery import Delivered
 from sgpo_lib.rollouts.server_engine import ServerEngine
+from sgpo_lib.serving import is_loopback
 from sgpo_lib.trainer import train
 
 pytestmark = pytest.mark.vllm
@@ -32,7 +35,8 @@ def delivered(server: str, policy: Policy, tmp_path: Path) -> Any:
 
 
 def adapters(server: str) -> list[str]:
-    with urllib.request.urlopen(f"{server}/v1/models", timeout=10) as reply:
+    asked = urllib.request.Request(f"{server}/v1/models", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(asked, timeout=10) as reply:
         return [m["id"] for m in json.load(reply)["data"] if m["id"] != MODEL]
 
 
@@ -99,3 +103,20 @@ def test_an_address_without_a_server_is_told_before_any_work(address, message, t
     with pytest.raises((ValueError, RuntimeError), match=message):
         train(config, root=tmp_path)
     assert not (tmp_path / config.label / "metrics.jsonl").exists()
+
+
+def test_the_server_listens_on_loopback_and_wants_its_key(server):
+    """As `sgpo serve` starts it: every socket of its processes, and a request without the key or with another."""
+    port = int(server.rpartition(":")[2])
+    owner = next(p for p in psutil.Process().children(recursive=True)
+                 if any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in p.net_connections("inet")))
+    sockets = [c.laddr for p in (owner, *owner.children(recursive=True)) for c in p.net_connections("inet")
+               if c.status == psutil.CONN_LISTEN]  # fmt: skip
+    assert all(is_loopback(address.ip) for address in sockets), sockets
+    for headers in ({}, {"Authorization": "Bearer another-key"}):
+        for path in ("/v1/models", "/v1/completions", "/v1/load_lora_adapter"):
+            asked = urllib.request.Request(server + path, headers=headers, method="GET" if "models" in path else "POST")
+            with pytest.raises(urllib.error.HTTPError) as error:
+                urllib.request.urlopen(asked, timeout=10)
+            assert error.value.code == 401
+    assert KEY not in " ".join(owner.cmdline())

@@ -45,7 +45,8 @@ class RunMonitor(anywidget.AnyWidget):
     Raises ValueError for a run or a metric that does not exist, and for options out of range.
     """
 
-    _esm = "".join((_HERE / f"{part}.js").read_text(encoding="utf-8") for part in ("data", "scale", "panel", "monitor"))
+    _esm = "".join((_HERE / f"{part}.js").read_text(encoding="utf-8") for part in (
+        "../shared/make", "data", "scale", "panel", "monitor"))
     _css = (_HERE / "styles.css").read_text(encoding="utf-8")
     title = traitlets.Unicode("").tag(sync=True)
     panels: Any = traitlets.List().tag(sync=True)
@@ -199,7 +200,7 @@ class RunMonitor(anywidget.AnyWidget):
     def _static(self) -> dict[str, Any]:
         with self._lock:
             page = static.table(self._runs, self.state, self._curves, self.title)
-            return {"text/plain": repr(self), "text/html": page}
+            return {"text/plain": repr(self), "text/html": str(page)}
 
     def _bundle(self) -> dict[str, Any]:
         if self.comm is None:  # closed: what stays is the table

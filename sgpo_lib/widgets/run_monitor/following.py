@@ -19,7 +19,9 @@ from typing import Any, BinaryIO
 
 import yaml
 
+from sgpo_lib.collapse import Watch
 from sgpo_lib.runs import is_locked
+from sgpo_lib.storage import restored
 from sgpo_lib.widgets.run_monitor.curves import COLUMNS, Curve, number, shown
 
 LAST_STEPS = 20
@@ -91,6 +93,8 @@ class Follower:
         self.unread = 0
         """Lines that are no rows."""
         self.test: float | None = None
+        self.watch = Watch()
+        """Signs of a collapse."""
         self.not_finite: dict[str, int] = {}
         """Metric -> last step at which it was NaN or infinite."""
         self._seconds: collections.deque[float] = collections.deque(maxlen=LAST_STEPS)
@@ -116,7 +120,7 @@ class Follower:
 
     def _take(self, line: bytes) -> None:
         try:
-            row = json.loads(line)
+            row: Any = restored(json.loads(line))
         except ValueError:  # a line torn by a crash; the run goes on behind it
             row = None
         step = row.get("step") if isinstance(row, dict) else None
@@ -134,6 +138,7 @@ class Follower:
         train, columns = self.tables["train"], self.tables[table]
         tokens, seconds = (train[k][-1] if train[k] else 0 for k in COLUMNS[1:])
         if table == "train":
+            self.watch.take(row)
             tokens += int(number(row.get("tokens")) or 0)
             took = number(row.get("seconds_step"))
             if took is not None and math.isfinite(took):
@@ -161,7 +166,7 @@ class Follower:
     # --- how it stands -----------------------------------------------------------------------------------------
     def status(self) -> dict[str, Any]:
         """name, state (`waiting`, `running`, `done`, `failed`, `stopped`), step, total, seconds per step, seconds left,
-        test accuracy, note; None for what is not known."""
+        test accuracy, note, warnings (signs of a collapse that last); None for what is not known."""
         state, total = self._state(), self._total()
         pace = statistics.median(self._seconds) if self._seconds else None
         if state == "done" and total is None:
@@ -170,7 +175,7 @@ class Follower:
         left = pace * max(0, total - self.step) if known else None  # type: ignore[operator]
         return {"name": self.name, "state": state, "step": self.step, "total": total, "pace": shown(pace),
                 "left": None if left is None else round(left), "test": self.test,
-                "note": "; ".join(self._notes(state, pace)),
+                "note": "; ".join(self._notes(state, pace)), "warnings": [str(c) for c in self.watch.active],
                 "not_finite": [f"{k} at step {v}" for k, v in sorted(self.not_finite.items())]}  # fmt: skip
 
     def _state(self) -> str:

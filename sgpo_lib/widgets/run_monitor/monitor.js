@@ -40,10 +40,10 @@ function runLine(status, row, i, view, toggle) {
   const progress = make("td", "progress", status.total ? bar : null, cells[0]);
   const line = make("tr", hidden ? "off" : "", make("th", "", name), told, progress, ...cells.slice(1).map((c) => make("td", "", c)));
   line.firstChild.setAttribute("scope", "row");
-  if (!status.note) return [line];
-  const note = make("td", "notes", status.note);
-  note.colSpan = cells.length + 2;
-  return [line, make("tr", "", note)];
+  const notes = status.warnings.map((w) => make("td", "notes warning", make("b", "", "Warning"), `, ${w}.`));
+  if (status.note) notes.push(make("td", "notes", status.note));
+  for (const note of notes) note.colSpan = cells.length + 2;
+  return [line, ...notes.map((note) => make("tr", "", note))];
 }
 
 function runTable(state, rows, view, toggle) {
@@ -147,10 +147,10 @@ function view(model, el) {
     grid.style.gridTemplateColumns = `repeat(auto-fill, ${view.width}px)`;
     shown.forEach((p) => p.draw(view));
     axis.textContent = `Horizontal axis: ${view.xTitle}.` + (view.smoothing > 1 ? ` Thick: mean of the last ${view.smoothing} training rows; thin: as logged.` : "");
-    told.textContent = model.get("told") || (model.get("following") ? "" : view.ended ? "All runs have ended." : "Not reading on: monitor.start() does.");
+    told.textContent = readable(model.get("told")) || (model.get("following") ? "" : view.ended ? "All runs have ended." : "Not reading on: monitor.start() does.");
     told.classList.toggle("wrong", Boolean(model.get("told")));
-    const states = view.state.map((s) => `${s.name}: ${s.state}`).join("; ");
-    if (own.states && own.states !== states) news.textContent = states;
+    const states = view.state.map((s) => [`${s.name}: ${s.state}`, ...s.warnings.map((w) => `warning, ${w}`)].join(", ")).join("; ");
+    if (own.states && own.states !== states) news.textContent = readable(states);
     own.states = states;
     point(view, shown);
   }

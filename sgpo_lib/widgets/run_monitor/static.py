@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from typing import Any
 
+from sgpo_lib.escaping import Html, visible
 from sgpo_lib.widgets.run_monitor.curves import Curve, clock
 from sgpo_lib.widgets.run_monitor.following import Follower
-
-_CELL = "padding:2px 10px;border-bottom:1px solid #8884;text-align:"
 
 
 def progress(status: dict[str, Any]) -> str:
@@ -34,17 +32,18 @@ def with_values(runs: Sequence[Follower], curves: Sequence[Curve]) -> list[Curve
 
 
 def text(runs: Sequence[Follower], state: Sequence[dict[str, Any]], curves: Sequence[Curve]) -> str:
-    """One line on each run."""
+    """One line on each run, and one on each of its warnings."""
     lines = []
     for run, status in zip(runs, state, strict=True):
         values = [f"{c.name} {last(run, c)}" for c in with_values([run], curves)]
         parts = [f"{status['state']}, {progress(status)}", f"time left {clock(status['left'])}", *values]
         lines.append(f"{status['name']}: " + ", ".join(parts) + (f" [{status['note']}]" if status["note"] else ""))
-    return "\n".join(lines)
+        lines += [f"  warning, {told}" for told in status["warnings"]]
+    return visible("\n".join(lines))
 
 
-def table(runs: Sequence[Follower], state: Sequence[dict[str, Any]], curves: Sequence[Curve], title: str) -> str:
-    """HTML table, one column per run. Names and messages are escaped."""
+def table(runs: Sequence[Follower], state: Sequence[dict[str, Any]], curves: Sequence[Curve], title: str) -> Html:
+    """HTML table, one column per run, and below it their warnings. Names and messages are escaped."""
     rows = [("State", [s["state"] for s in state]), ("Progress", [progress(s) for s in state]),
             ("Time left", [clock(s["left"]) for s in state])]
     rows += [(c.title, [last(r, c) for r in runs]) for c in with_values(runs, curves)]
@@ -52,13 +51,20 @@ def table(runs: Sequence[Follower], state: Sequence[dict[str, Any]], curves: Seq
         rows.append(("Test accuracy (share)", ["–" if s["test"] is None else f"{s['test']:.3g}" for s in state]))
     if any(s["note"] or s["not_finite"] for s in state):
         rows.append(("Notes", ["; ".join(filter(None, (s["note"], _not_finite(s)))) or "–" for s in state]))
-    head = "".join(f'<th scope="col" style="{_CELL}right">{html.escape(s["name"])}</th>' for s in state)
-    body = "".join(f'<tr><th scope="row" style="{_CELL}left;font-weight:normal">{html.escape(label)}</th>'
-                   + "".join(f'<td style="{_CELL}right">{html.escape(cell)}</td>' for cell in cells) + "</tr>"
-                   for label, cells in rows)
-    return (f'<table style="border-collapse:collapse"><caption style="text-align:left;padding:2px 10px">'
-            f"{html.escape(title or 'Runs')}: last values</caption><thead><tr><td></td>{head}</tr></thead>"
-            f"<tbody>{body}</tbody></table>")
+    def cell(tag: Html, align: str, told: str) -> Html:
+        return tag.format(f"padding:2px 10px;border-bottom:1px solid #8884;text-align:{align}", told)
+
+    column, row, data = Html('<th scope="col" style="{}">{}</th>'), Html('<th scope="row" style="{}">{}</th>'), Html(
+        '<td style="{}">{}</td>')
+    head = Html("").join(cell(column, "right", s["name"]) for s in state)
+    body = Html("").join(Html("<tr>{}{}</tr>").format(
+        cell(row, "left;font-weight:normal", label), Html("").join(cell(data, "right", told) for told in cells))
+        for label, cells in rows)
+    warnings = Html("").join(Html("<p><b>{}, warning</b>, {}.</p>").format(s["name"], told)
+                             for s in state for told in s["warnings"])
+    return Html('<table style="border-collapse:collapse"><caption style="text-align:left;padding:2px 10px">'
+                "{}: last values</caption><thead><tr><td></td>{}</tr></thead><tbody>{}</tbody></table>{}").format(
+        title or "Runs", head, body, warnings)
 
 
 def _not_finite(status: dict[str, Any]) -> str:

@@ -3,8 +3,8 @@
 Python keeps the extractions and sends one problem at a time, so that 8,500 of them cost the browser an index. Every
 decision is written to a JSONL file at once, one line per problem, replaced as a whole (atomic); the file is what
 `data.strategies` reads: accepted strategies are `kept`, the others `rejected`. An accepted one that leaks is `leaking`,
-in quarantine, until it is accepted a second time: the check may be wrong. Opened again on the same file, the inspector
-continues.
+in quarantine, until it is accepted a second time with a comment that says why: the check may be wrong. Opened again on
+the same file, the inspector continues.
 
 Model text reaches the page as text nodes and through KaTeX without trust; nothing in it is parsed as HTML.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,10 @@ from sgpo_lib.extraction.records import CRITERIA, Candidate, Extraction
 from sgpo_lib.prompts import strategy_parts, strategy_text
 from sgpo_lib.records import Strategy
 from sgpo_lib.rewards import Verifier
-from sgpo_lib.runs import write_atomic
 from sgpo_lib.sources.files import read
 from sgpo_lib.sources.rows import got, text
 from sgpo_lib.sources.rows import strategy as read_strategy
+from sgpo_lib.storage import write_jsonl
 
 _HERE = Path(__file__).parent
 ACTIONS = ("accepted", "rejected", "undecided")
@@ -42,7 +41,8 @@ def _module() -> str:
     katex = (_HERE.parent / "katex" / "katex.min.js").read_text(encoding="utf-8")
     scoped = f"const katex = (() => {{ const module = {{exports: {{}}}}, exports = module.exports;\n{katex}\n" \
              "return module.exports; })();\n"  # fmt: skip
-    return scoped + (_HERE / "inspector.js").read_text(encoding="utf-8")
+    return scoped + "".join((_HERE.parent / name).read_text(encoding="utf-8") for name in (
+        "shared/make.js", "strategy_inspector/inspector.js"))
 
 
 class StrategyInspector(anywidget.AnyWidget):
@@ -132,8 +132,9 @@ class StrategyInspector(anywidget.AnyWidget):
                edited: dict[str, Any] | None = None, *, confirm: bool = False) -> None:
         """Store a decision: `accepted`, `rejected` or `undecided`, a candidate, a comment, a new wording.
 
-        `confirm`: accept it although the check finds a leak; without, such a one is stored as `leaking`.
-        Raises ValueError for an unknown problem or decision, a candidate that could not be read, or a faulty wording.
+        `confirm`: accept it although the check finds a leak, for the reason that the comment gives; without, such a one
+        is stored as `leaking`. Raises ValueError for an unknown problem or decision, a candidate that could not be
+        read, a faulty wording, and a `confirm` without a comment.
         """
         place = next((i for i, e in enumerate(self.found) if e.problem.id == problem_id), None)
         if place is None or decision not in ACTIONS:
@@ -153,6 +154,8 @@ class StrategyInspector(anywidget.AnyWidget):
         if new is None and decision == "accepted":
             raise ValueError(f"candidate {picked + 1} could not be read; edit it, or pick another")
         confirmed = confirm or bool(before.get("confirmed") and unchanged)
+        if confirmed and decision == "accepted" and not comment.strip():
+            raise ValueError("comment: got none, expected the reason why this strategy is trained on although it leaks")
         leaking = decision == "accepted" and new is not None and not confirmed and bool(self._leaks(e, new))
         status = "leaking" if leaking else "kept" if decision == "accepted" else decision
         line = {"id": problem_id, "status": status, "decision": decision, "candidate": picked, "comment": comment,
@@ -163,12 +166,12 @@ class StrategyInspector(anywidget.AnyWidget):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.path}.lock", timeout=10):  # another inspector may write the same file
             after = {**read_decisions(self.path), problem_id: line}
-            write_atomic(self.path, "".join(json.dumps(d, ensure_ascii=False) + "\n" for d in after.values()))
+            write_jsonl(self.path, after.values())
         self.decisions = after
         self.index[place] = self._row(place)  # in place, which sends nothing: the page gets this row alone
         self.send({"place": place, "row": self.index[place]})
         self.told = f"{problem_id}: {decision}, stored in {self.path}" + (
-            ". It leaks, so training passes over it; edit it, or accept it once more to train on it" if leaking else "")
+            ". It leaks, so training passes over it; edit it, or comment why and accept it again" if leaking else "")
         if self.selected == place:
             self.item = self._item(place)
 
@@ -198,14 +201,18 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
 def read_decisions(path: Path) -> dict[str, dict[str, Any]]:
     """Decisions by problem id; none where there is no file. Raises ValueError with file, line and field."""
     found: dict[str, dict[str, Any]] = {}
+    lines: dict[str, str] = {}
 
-    def parse(raw: dict[str, Any], _: str) -> None:
+    def parse(raw: dict[str, Any], at: str) -> None:
         if raw.get("decision") not in ACTIONS:
             raise ValueError(f"decision: {got(raw.get('decision'))}, expected one of {', '.join(ACTIONS)}, as the "
                              "strategy inspector writes them")
         if raw.get("edited"):
             read_strategy(raw, "")
-        found[text(raw, "id")] = raw
+        first = lines.setdefault(text(raw, "id"), at)
+        if first != at:
+            raise ValueError(f"id: got {raw['id']!r}, which {first} has too: keep the decision that holds")
+        found[raw["id"]] = raw
 
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, expected a file of decisions, or a name for a new one")

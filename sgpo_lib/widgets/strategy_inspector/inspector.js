@@ -1,16 +1,9 @@
-// The page's side of the strategy inspector. `katex` stands above this text (see __init__.py). Model text only ever
-// becomes text nodes, or goes to KaTeX without trust; no HTML is parsed from it.
+// The page's side of the strategy inspector. shared/make.js and `katex` stand above this text (see __init__.py). Model
+// text only ever becomes text nodes, or goes to KaTeX without trust; no HTML is parsed from it.
 
 const MATH = /\$\$([\s\S]+?)\$\$|\$((?:\\.|[^$\\])+?)\$|\\\(([\s\S]+?)\\\)|\\\[([\s\S]+?)\\\]|(\\boxed\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})/g;
 const BANDS = ["High", "Medium", "Low", "no score"];
 const NAMES = {type: "type", strategy: "strategy", steps: "steps", no_leak: "no leak"};
-
-function make(tag, className, ...children) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  node.append(...children.filter((c) => c !== null && c !== undefined));
-  return node;
-}
 
 function pieces(text) {
   // [start, end, tex or null, display] in order
@@ -29,13 +22,13 @@ function pieces(text) {
 function formula(tex, display, source) {
   const span = make("span", display ? "display" : "");
   try {
-    katex.render(tex, span, {output: "mathml", displayMode: display, throwOnError: true, trust: false,
+    katex.render(readable(tex), span, {output: "mathml", displayMode: display, throwOnError: true, trust: false,
       strict: "ignore", maxExpand: 200, maxSize: 20});
     const root = span.querySelector("math");
     if (!root) throw new Error("no formula");
     root.setAttribute("title", tex);
   } catch {
-    span.textContent = source;  // what KaTeX cannot read is shown as it was written
+    span.textContent = readable(source);  // what KaTeX cannot read is shown as it was written
   }
   return span;
 }
@@ -54,11 +47,11 @@ function written(text, leaks = [], offset = 0) {
     let at = start;
     for (const [a, b, leak] of marks.filter(([a, b]) => a < end && b > start)) {
       const from = Math.max(a, at), to = Math.min(b, end);
-      if (from > at) box.append(text.slice(at, from));
+      if (from > at) box.append(readable(text.slice(at, from)));
       if (to > from) box.append(marked(text.slice(from, to), leak));
       at = Math.max(at, to);
     }
-    if (at < end) box.append(text.slice(at, end));
+    if (at < end) box.append(readable(text.slice(at, end)));
   }
   return box;
 }

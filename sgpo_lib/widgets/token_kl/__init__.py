@@ -15,6 +15,7 @@ import anywidget
 import pandas as pd
 import traitlets
 
+from sgpo_lib.escaping import visible
 from sgpo_lib.readings import TokenReadings
 from sgpo_lib.widgets.token_kl import ramps
 from sgpo_lib.widgets.token_kl.metrics import METRICS, checked_metric
@@ -32,7 +33,8 @@ _PARTS = ("dom", "decode", "order", "glyphs", "steps", "colour", "text", "detail
 
 
 def _source(*parts: str) -> str:
-    return "\n".join((_HERE / "js" / f"{part}.js").read_text(encoding="utf-8") for part in parts)
+    files = [_HERE.parent / "shared" / "make.js", *(_HERE / "js" / f"{part}.js" for part in parts)]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def _style() -> str:
@@ -84,7 +86,7 @@ class TokenKL(anywidget.AnyWidget):
         frame = self._frame(self.pane)
         kl = frame.table["forward_kl"].astype(float)
         beside = f", and {len(self.panes) - 1} more" if len(self.panes) > 1 else ""
-        return (f"Token KL of {self.panes[self.pane].label}{beside}: {len(kl):,} tokens, mean forward KL "
+        return (f"Token KL of {visible(self.panes[self.pane].label)}{beside}: {len(kl):,} tokens, mean forward KL "
                 f"{kl.mean():.3f} nats, {int((kl > self.delta).sum()):,} above delta = {self.delta:g}")
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
@@ -94,7 +96,8 @@ class TokenKL(anywidget.AnyWidget):
         data, metadata = bundle
         more = len(self.panes) - 1
         title = f"{self.title} (the first of {more + 1} responses)" if more and not self.pane else self.title
-        return {**data, "text/html": static_html(self._frame(self.pane), self.metric, self.delta, title)}, metadata
+        page = static_html(self._frame(self.pane), self.metric, self.delta, title)
+        return {**data, "text/html": str(page)}, metadata
 
     def _frame(self, pane: int) -> TokenReadings:
         frames = self.panes[pane].frames

@@ -7,14 +7,15 @@ style elements stay, a dark system gets dark colours. All text is escaped; text 
 
 from __future__ import annotations
 
-import html
 import math
 import unicodedata
+from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
 import pandas as pd
 
+from sgpo_lib.escaping import Html, trusted, visible
 from sgpo_lib.readings import TokenReadings
 from sgpo_lib.widgets.token_kl import ramps
 from sgpo_lib.widgets.token_kl.metrics import METRICS, checked_metric
@@ -30,7 +31,7 @@ _LINE = "font-family:system-ui,sans-serif;font-size:13px;line-height:1.6;color:#
 _OVER = "outline:1.5px solid #1b1b1b;outline-offset:-1.5px"
 
 
-def static_html(readings: TokenReadings, metric: str = "forward_kl", delta: float = 1.0, title: str = "") -> str:
+def static_html(readings: TokenReadings, metric: str = "forward_kl", delta: float = 1.0, title: str = "") -> Html:
     """HTML of the tokens, coloured by `metric` up to its maximum in this response on a square-root scale.
 
     Tokens whose forward KL exceeds `delta` (nats; Eq. 5 masks them) are outlined. Hovering shows numbers while the
@@ -39,7 +40,7 @@ def static_html(readings: TokenReadings, metric: str = "forward_kl", delta: floa
     table = readings.table
     values = table[checked_metric(metric)].astype(float).to_numpy(na_value=np.nan)
     over = table["forward_kl"].to_numpy(float) > delta
-    texts = [visible((t or p)[:TOKEN_LIMIT]) for t, p in zip(table["token"], table["piece"], strict=True)]
+    texts = [visible((t or p)[:TOKEN_LIMIT], ends=True) for t, p in zip(table["token"], table["piece"], strict=True)]
     largest = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
     head = _head(readings, metric, delta, title, largest)
     for coarse in (0, 1, 3, 5):
@@ -49,7 +50,8 @@ def static_html(readings: TokenReadings, metric: str = "forward_kl", delta: floa
         room = LIMIT - len(_whole(head, [], note, coarse < 2)) - 60
         if sum(map(len, spans)) <= room:
             return _whole(head, spans, note, coarse < 2)
-    count, kept = 0, []
+    count = 0
+    kept: list[Html] = []
     for span, tokens in zip(spans, _runs(names, over), strict=True):
         room -= len(span)
         if room < 0:
@@ -57,27 +59,6 @@ def static_html(readings: TokenReadings, metric: str = "forward_kl", delta: floa
         kept.append(span)
         count += len(tokens)
     return _whole(head, kept, f"{note}{len(texts) - count:,} more tokens are not shown here.", False)
-
-
-def visible(text: str) -> str:
-    """Text for a person: line ends marked, what has no shape or could reorder its neighbours as a code. Not escaped."""
-    shown = []
-    for place, c in enumerate(text):
-        kind = unicodedata.category(c)
-        joins = c in "\u200d\ufe0f" and place > 0 and unicodedata.category(text[place - 1]) in ("So", "Sk")
-        hidden = kind in ("Cc", "Cf", "Zl", "Zp", "Cs", "Co") or c in "\u115f\u1160\u3164\uffa0\u034f" or (
-            0xFE00 <= ord(c) <= 0xFE0F or 0xE0100 <= ord(c) <= 0xE01EF) or (kind == "Zs" and c not in " \u3000")
-        if c == "\n":
-            shown.append("↵\n")
-        elif c == "\t":
-            shown.append("→\t")
-        elif hidden and not joins:
-            shown.append(f"[U+{ord(c):04X}]")
-        elif place == 0 and kind.startswith("M"):
-            shown.append(f"◌{c}")
-        else:
-            shown.append(c)
-    return "".join(shown)
 
 
 def _level(value: float, kind: str, largest: float, coarse: int) -> str:
@@ -106,25 +87,27 @@ def _runs(names: list[str], over: np.ndarray) -> list[list[int]]:
     return [list(run) for _, run in groupby(range(len(names)), key=lambda i: (names[i], bool(over[i])))]
 
 
-def _spans(texts: list[str], names: list[str], over: np.ndarray, tips: list[str] | None, dark: bool) -> list[str]:
+def _spans(texts: list[str], names: list[str], over: np.ndarray, tips: list[str] | None, dark: bool) -> list[Html]:
     """One span per token with its tip, or, without tips, one per run of tokens that look the same.
 
     `dark`: with the classes that dark colours hang on.
     """
-    light, spans = _colours("light"), []
+    light = _colours("light")
+    spans: list[Html] = []
     for run in ([[i] for i in range(len(texts))] if tips else _runs(names, over)):
         name, masked = names[run[0]], bool(over[run[0]])
         styles = [f"background:{light[name]}"] if name in light else []
         styles += ["text-decoration:underline dotted"] if name == "?" else []
         styles += [_OVER] if masked else []
         kinds = " ".join(k for k, there in ((f"k-{name}", name in light), ("k-over", masked)) if there and dark)
-        look = f' class="{kinds}"' if kinds else ""
-        tip = f' title="{html.escape(tips[run[0]], quote=True)}"' if tips else ""
+        look = Html(' class="{}"').format(kinds) if kinds else Html("")
+        tip = Html(' title="{}"').format(tips[run[0]]) if tips else Html("")
         text = "".join(texts[i] for i in run)
-        tag = "bdi" if any(unicodedata.bidirectional(c) in ("R", "AL") for c in text) else "span"
-        style = f' style="{";".join(styles)}"' if styles else ""
+        tag = Html("bdi") if any(unicodedata.bidirectional(c) in ("R", "AL") for c in text) else Html("span")
+        style = Html(' style="{}"').format(";".join(styles)) if styles else Html("")
         plain = tag == "span" and not style and not tip
-        spans.append(html.escape(text) if plain else f"<{tag}{look}{tip}{style}>{html.escape(text)}</{tag}>")
+        whole = Html("{4}") if plain else Html("<{0}{1}{2}{3}>{4}</{0}>")
+        spans.append(whole.format(tag, look, tip, style, text))
     return spans
 
 
@@ -143,7 +126,7 @@ def _number(value: float, digits: int) -> str:
     return "–" if value is None or value != value else f"{float(value):.{digits}f}"
 
 
-def _head(readings: TokenReadings, metric: str, delta: float, title: str, largest: float) -> str:
+def _head(readings: TokenReadings, metric: str, delta: float, title: str, largest: float) -> Html:
     """Title, legend, and what delta masks."""
     told, kl = METRICS[metric], readings.table["forward_kl"].to_numpy(float)
     known = kl[np.isfinite(kl)]
@@ -151,27 +134,29 @@ def _head(readings: TokenReadings, metric: str, delta: float, title: str, larges
     colours = _colours("light")
     signs = ["n8", "n5", "n2", "p2", "p5", "p8"] if told.kind == "diverging" else ["p5"] if \
         told.kind == "agreement" else ["s1", "s4", "s7", "s10", "s13", "s15"]  # fmt: skip
-    ramp = "".join(f'<span class="k-{s}" style="background:{colours[s]}">&#160;&#160;&#160;</span>'
-                   for s in signs)
+    ramp = Html("").join(Html('<span class="k-{}" style="background:{}">&#160;&#160;&#160;</span>').format(
+        s, colours[s]) for s in signs)
     low = f"−{largest:.2f} " if told.kind == "diverging" else "" if told.kind == "agreement" else "0 "
     high = " differs" if told.kind == "agreement" else f" {largest:.2f} nats (square-root scale)"
     share = f", {100 * float(masked.sum()) / total:.1f}% of the KL" if total > 0 else ""
     threshold = "∞" if math.isinf(delta) else f"{delta:g}"
-    label = " · ".join(visible(t).replace("\n", " ") for t in (title, readings.label) if t)
-    return (f'<div class="k-line" style="{_LINE}"><b>{html.escape(label) or "KL of every token"}</b>'
-            f'{"" if readings.exact else " (from a served model’s top-k: lower bounds)"}<br>'
-            f"{html.escape(told.name)}: {low}{ramp}{high} · outlined: forward KL above δ = {threshold}, "
-            f"{len(masked):,} of {len(kl):,} tokens{share}</div>")
+    label = " · ".join(visible(t, ends=True).replace("\n", " ") for t in (title, readings.label) if t)
+    return Html('<div class="k-line" style="{}"><b>{}</b>{}<br>{}: {}{}{} · outlined: forward KL above δ = {}, '
+                "{:,} of {:,} tokens{}</div>").format(
+        _LINE, label or "KL of every token", "" if readings.exact else " (from a served model’s top-k: lower bounds)",
+        told.name, low, ramp, high, threshold, len(masked), len(kl), share)
 
 
-def _whole(head: str, spans: list[str], note: str, dark: bool) -> str:
-    end = f'<div class="k-line" style="{_LINE}">{html.escape(note)}</div>' if note else ""
+def _whole(head: Html, spans: Sequence[Html], note: str, dark: bool) -> Html:
+    end = Html('<div class="k-line" style="{}">{}</div>').format(_LINE, note) if note else Html("")
     kind = f"{'sgpo-static ' if dark else ''}mathjax_ignore tex2jax_ignore"
-    return f'{_dark_style() if dark else ""}<div class="{kind}" style="{_BOX}">{head}{"".join(spans)}{end}</div>'
+    return Html('{}<div class="{}" style="{}">{}{}{}</div>').format(
+        _dark_style() if dark else "", kind, _BOX, head, Html("").join(spans), end)
 
 
-def _dark_style() -> str:
+def _dark_style() -> Html:
     levels = "".join(f".sgpo-static .k-{n}{{background:{c}!important}}" for n, c in _colours("dark").items())
-    return ("<style>@media (prefers-color-scheme: dark){.sgpo-static{background-color:#111111!important;"
-            "color:#f7f7f7!important;border-color:#4a4a4a!important}.sgpo-static .k-line{color:#bbbbbb!important}"
-            f".sgpo-static .k-over{{outline-color:#f2f2f2!important}}{levels}}}</style>")
+    return Html("<style>{}</style>").format(trusted(
+        "@media (prefers-color-scheme: dark){.sgpo-static{background-color:#111111!important;"
+        "color:#f7f7f7!important;border-color:#4a4a4a!important}.sgpo-static .k-line{color:#bbbbbb!important}"
+        f".sgpo-static .k-over{{outline-color:#f2f2f2!important}}{levels}}}"))

@@ -81,7 +81,7 @@ class Controls {
     this.frame.max = frames - 1;
     this.frame.value = app.frame;
     const told = app.shown.map((s) => s.view.pane.frames).sort((a, b) => b.length - a.length)[0];
-    this.frameTold.textContent = told[Math.min(app.frame, told.length - 1)].label || String(app.frame);
+    this.frameTold.textContent = readable(told[Math.min(app.frame, told.length - 1)].label || String(app.frame));
     this.frame.setAttribute("aria-valuetext", this.frameTold.textContent);
     const agreement = app.kind === "agreement";
     this.scale.hidden = this.most.hidden = agreement;

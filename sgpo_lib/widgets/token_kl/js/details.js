@@ -60,7 +60,7 @@ class Details {
     this.title.replaceChildren(quoted(view.texts[i] || view.pieces[i]));
     const step = steps ? `step ${steps.of[i] + 1} of ${steps.count}` : "";
     const piece = view.pieces[i] !== view.texts[i] && view.texts[i] ? `, last piece ${spoken(view.pieces[i])}` : "";
-    this.place.textContent = [`${pane.label}${frame.label && pane.frames.length > 1 ? `, ${frame.label}` : ""}`,
+    this.place.textContent = [`${readable(pane.label)}${frame.label && pane.frames.length > 1 ? `, ${readable(frame.label)}` : ""}`,
       `token ${i} of 0–${pane.count - 1}`, step, `id ${words.id[pane.text[i]]}${piece}`].filter(Boolean).join(" · ");
     const both = (row, left, right) => { row.cells[0].textContent = left; row.cells[1].textContent = right; };
     const [probability, logp, rank, entropy, missing] = this.sides;

@@ -1,11 +1,4 @@
-// Small makers of elements. Text from models only ever becomes a text node or a property; no HTML is parsed.
-
-function make(tag, className, ...children) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  node.append(...children.filter((c) => c !== null && c !== undefined));
-  return node;
-}
+// Small makers of elements on top of `make` (shared/make.js).
 
 function named(node, name) {
   // a control that scripts and tests can find; JupyterLab's shortcuts stay out of it

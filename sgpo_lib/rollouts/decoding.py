@@ -1,0 +1,98 @@
+"""What a decoding step of transformers does too often, left out: copies of the cache, and of its heads.
+
+With a mask, which a padded batch needs, transformers' SDPA repeats keys and values for every query head that shares
+them, and its cache is copied whole for each new token. With one query token the heads that share keys are like so many
+query positions, so that nothing has to be repeated; and a cache with room to grow is copied once in a while.
+
+Shape suffixes: B sequences, S cached positions, Q query heads, K heads of keys and values, D their size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "sdpa_decoding"
+"""The attention implementation that `decoding` sets."""
+_ROOM = 64
+"""Fewest positions by which a full cache grows; a long one grows by an eighth."""
+
+
+def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+              dropout: float = 0.0, scaling: float | None = None, **more: Any) -> tuple[Tensor, None]:
+    """Transformers' attention function: [B, Q, 1, D] and [B, K, S, D] to [B, 1, Q, D]. Anything but one query token of
+    shared heads goes to its own `sdpa`."""
+    batch, heads, length, size = query.shape
+    shared = heads // key.shape[1]
+    if length != 1 or shared == 1 or more.get("position_bias") is not None or (
+            attention_mask is not None and attention_mask.shape[1] != 1):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                                      **more)
+    query_BKGD = query.reshape(batch, key.shape[1], shared, size)
+    found_BKGD = torch.nn.functional.scaled_dot_product_attention(query_BKGD, key, value, attn_mask=attention_mask,
+                                                                  scale=scaling)
+    return found_BKGD.reshape(batch, 1, heads, value.shape[-1]), None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextlib.contextmanager
+def decoding(model: Any) -> Iterator[None]:
+    """Within the block a model that attends with `sdpa` does so by `attention`; any other is left as it is."""
+    if model.config._attn_implementation != "sdpa":
+        yield
+        return
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer's keys and values with room for tokens to come: `keys` and `values` are the filled part."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, filled: DynamicLayer):
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = filled.dtype, filled.device, True
+        self._rooms = [filled.keys, filled.values]
+        self.keys, self.values = self._rooms
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values, [B, K, S, D] each, with the new ones behind."""
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        for i, new in enumerate((key_states, value_states)):
+            room = self._rooms[i]
+            if end > room.shape[-2]:
+                more = max(_ROOM, end // 8)
+                self._rooms[i] = torch.cat([room[..., :start, :], new, new.new_empty(*new.shape[:2], more,
+                                                                                     new.shape[-1])], dim=-2)
+            else:
+                room[..., start:end, :] = new
+        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences."""
+        length = self.keys.shape[-2]
+        self._rooms = [room[indices] for room in self._rooms]
+        self.keys, self.values = (room[..., :length, :] for room in self._rooms)
+
+
+def with_room(cache: Any) -> None:
+    """Give the layers of a filled cache room to grow; those of a sliding window or another kind stay as they are."""
+    cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
