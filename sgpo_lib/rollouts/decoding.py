@@ -62,37 +62,40 @@ def decoding(model: Any) -> Iterator[None]:
 class RoomyLayer(DynamicLayer):
     """A layer's keys and values with room for tokens to come: `keys` and `values` are the filled part."""
 
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, filled: DynamicLayer):
+    def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
-        self.dtype, self.device, self.is_initialized = filled.dtype, filled.device, True
-        self._rooms = [filled.keys, filled.values]
-        self.keys, self.values = self._rooms
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._rooms, self._length = [keys, values], keys.shape[-2]
+        self.keys, self.values = keys, values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All keys and values, [B, K, S, D] each, with the new ones behind."""
-        start = self.keys.shape[-2]
-        end = start + key_states.shape[-2]
+        start, end = self._length, self._length + key_states.shape[-2]
         for i, new in enumerate((key_states, value_states)):
             room = self._rooms[i]
             if end > room.shape[-2]:
-                more = max(_ROOM, end // 8)
-                self._rooms[i] = torch.cat([room[..., :start, :], new, new.new_empty(*new.shape[:2], more,
-                                                                                     new.shape[-1])], dim=-2)
+                more = new.new_empty(*new.shape[:2], max(_ROOM, end // 8), new.shape[-1])
+                self._rooms[i] = torch.cat([room[..., :start, :], new, more], dim=-2)
             else:
                 room[..., start:end, :] = new
-        self.keys, self.values = (room[..., :end, :] for room in self._rooms)
-        return self.keys, self.values
+        return self._filled(end)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences."""
-        length = self.keys.shape[-2]
         self._rooms = [room[indices] for room in self._rooms]
-        self.keys, self.values = (room[..., :length, :] for room in self._rooms)
+        self._filled(self._length)
+
+    def _filled(self, length: int) -> tuple[Tensor, Tensor]:
+        self._length = length
+        keys, values = (room[..., :length, :] for room in self._rooms)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 def with_room(cache: Any) -> None:
     """Give the layers of a filled cache room to grow; those of a sliding window or another kind stay as they are."""
-    cache.layers = [RoomyLayer(layer) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    layers: list[Any] = []
+    for layer in cache.layers:
+        plain = type(layer) is DynamicLayer
+        layers.append(RoomyLayer(layer.keys, layer.values) if plain else layer)
+    cache.layers = layers

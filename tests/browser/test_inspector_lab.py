@@ -45,6 +45,9 @@ def test_the_inspector_in_jupyterlab(page, lab):
     until(lambda: stored(file).get("alg-01", {}).get("decision") == "accepted")
     assert stored(file)["alg-01"]["candidate"] == 2 and stored(file)["alg-01"]["status"] == "leaking"
     box.locator(".tag", has_text="in quarantine").wait_for(timeout=20_000)
+    box.locator(".foot input").fill("the number is in the problem too")  # an exception wants a reason
+    box.locator(".foot input").press("Enter")
+    until(lambda: stored(file)["alg-01"]["comment"])
     key(page, "a")
     until(lambda: stored(file)["alg-01"]["status"] == "kept")
     key(page, "ArrowRight")
