@@ -41,8 +41,8 @@ CASES: dict[str, dict[str, Any]] = {
 }
 """Name -> fields in which it differs from the profile `smollm2`, and whether sampling is measured, which takes minutes
 with long responses and is far from the peak. tests/test_plan.py measures two shorter ones."""
-COMMON = {"problems_per_step": 2, "g1": 2, "g2": 2, "rollout_batch": 4, "device": "cpu", "torch_threads": 1,
-          "n_test": 2, "test_k": 1, "eval_problems": 2}
+COMMON = {"layout": "right", "skip_untaught": False, "problems_per_step": 2, "g1": 2, "g2": 2, "rollout_batch": 4,
+          "device": "cpu", "torch_threads": 1, "n_test": 2, "test_k": 1, "eval_problems": 2}
 ALONE = ("lora-512", "full-512")
 """Cases that are measured with glibc's own settings, too."""
 
