@@ -74,6 +74,7 @@ def _child(root: Path, folder: Path, moment: Moment | None, work: str, given: An
     with (root / "output.txt").open("ab") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    os.environ["KILL_RUN"] = str(os.getpid())  # of what it starts
     os.chdir(TESTS)
     sys.path.insert(0, str(TESTS))  # the reward of the verifier's processes
     if moment:
@@ -106,13 +107,18 @@ def finish(config: RunConfig, root: Path, limit: float = 120) -> Run:
     return run
 
 
-def dies(process: Any, root: Path, moment: Moment) -> float:
-    """Wait for a process that dies at its moment; the seconds after which what it had started has ended too."""
-    process.join(240)
+def dies(process: Any, root: Path, moment: Moment) -> tuple[float, set[str]]:
+    """Wait for a process that dies at its moment: (seconds until what it had started ended too, what that was)."""
+    mark, started, until = f"KILL_RUN={process.pid}", set[str](), time.monotonic() + 240
+    while process.is_alive() and time.monotonic() < until:
+        started |= set(processes(mark).values())
+        time.sleep(0.1)
     told = (root / "output.txt").read_text(errors="replace")[-3000:]
     expected = -signal.SIGXFSZ if moment.cuts else -signal.SIGKILL
-    assert process.exitcode == expected, f"{moment.name}: exit {process.exitcode}, {told}"
-    return gone(30, session=process.pid)
+    code = process.exitcode
+    kill(process)  # one that hangs
+    assert code == expected, f"{moment.name}: exit {code}, {told}"
+    return gone(30, mark), started
 
 
 # --- moments -----------------------------------------------------------------------------------------------------
@@ -233,22 +239,21 @@ def stage(folder: Path) -> str:
     return "between the first row and the last step"
 
 
-def processes(mark: str = "", session: int = 0) -> dict[int, str]:
-    """Process id -> command line, of those that run with a `NAME=VALUE` in their environment, or in a session."""
+def processes(mark: str) -> dict[int, str]:
+    """Process id -> command line, of those that began with a `NAME=VALUE` in their environment and have not ended."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            fields = (path / "stat").read_text().rpartition(")")[2].split()
-            same = mark.encode() in (path / "environ").read_bytes().split(b"\0") if mark else int(fields[3]) == session
-            if same and fields[0] != "Z":
+            state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z" and mark.encode() in (path / "environ").read_bytes().split(b"\0"):
                 found[int(path.name)] = (path / "cmdline").read_text().replace("\0", " ")
     return found
 
 
-def gone(limit: float, mark: str = "", session: int = 0) -> float:
+def gone(limit: float, mark: str) -> float:
     """Seconds until `processes` finds none. Fails after `limit`."""
     began = time.monotonic()
-    while found := processes(mark, session):
+    while found := processes(mark):
         assert time.monotonic() - began < limit, found
         time.sleep(0.05)
     return time.monotonic() - began

@@ -188,8 +188,9 @@ def test_kill_in_the_save_of_a_notebook(tmp_path, tally):
     """`sgpo run` dies at each in turn: its kernel ends too, and the same command finishes."""
     path, job, orphans = write_notebook(tmp_path, "x = 1", "print('x is', x)"), tmp_path / "job", []
     for moment in MOMENTS:
-        dies(start_notebook(path, job, moment), tmp_path, moment)
-        orphans.append(gone(20, f"SGPO_JOB={job}"))
+        seconds, started = dies(start_notebook(path, job, moment), tmp_path, moment)
+        assert any("ipykernel_launcher" in line for line in started), moment.name
+        orphans.append(seconds)
         assert not (job / "DONE").exists(), moment.name
         if (job / "notebook.ipynb").exists():
             nbformat.validate(nbformat.read(job / "notebook.ipynb", as_version=4))

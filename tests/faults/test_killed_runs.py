@@ -113,15 +113,18 @@ def test_kill_at_named_moments(base, whole, tmp_path, count, tally):
     moments, expected = named(whole), result(whole)
     lines = [moments, *([dataclasses.replace(m, nth=m.nth + later)] for m in moments for later in count(0, 1) * (0, 2)
                         if not (later and m.outer.endswith("_finish")))]
-    ended = []
+    ended, workers = [], set[str]()
     for number, line in enumerate(lines):
         config, root = killed_config(base), tmp_path / str(number)
         for moment in line:
-            ended.append(dies(start(config, root, moment), root, moment))
+            seconds, started = dies(start(config, root, moment), root, moment)
+            ended.append(seconds)
+            workers |= started
             torn = (root / config.label / "metrics.jsonl").read_bytes() if moment.cuts else b""
             assert not torn or not torn.endswith(b"\n"), "half a row"
         require_same(result(finish(config, root)), expected, [m.name for m in line])
         assert not leftovers(root / config.label), [m.name for m in line]
+    assert any("reward_worker" in line for line in workers), "nothing was seen that could have stayed behind"
     tally(2, "death at named moments, then resumed",
           f"{sum(map(len, lines))} of {sum(map(len, lines))} deaths at {len(moments)} moments, "
           f"{len(lines)} runs with the bits of the uninterrupted one; the verifier's processes had ended "
