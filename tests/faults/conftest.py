@@ -16,10 +16,14 @@ FULL = os.environ.get("FAULTS") == "full"
 Tally = Callable[..., None]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the tests of this folder, and leaves those marked `full` to the full counts."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.faults)
+    if not FULL and (left := [item for item in items if item.get_closest_marker("full")]):
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(scope="session")

@@ -171,11 +171,10 @@ def test_the_best_step_is_checked_where_a_run_ends_from_it(base, tmp_path, capfd
     assert again.summary["weights"] == whole.summary["weights"] and again.summary["best_step"] == best
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_two_workers_agree_on_the_newest_whole_checkpoint(base, tmp_path, damage, count, tally):
+def test_two_workers_agree_on_the_newest_whole_checkpoint(base, tmp_path, damage, tally):
     """The first verifies and tells the other; sharded weights, written by both."""
-    if not count(0, 1):
-        pytest.skip("two processes take their time: at full counts")
     config = from_parameters("tiny", "sgpo", 0, source=str(base), revision="", reward="rewards_for_tests:coin",
                              steps=4, problems_per_step=2, n_train=8, n_validation=0, n_test=0, max_new_tokens=6,
                              save_every=1, lr=1e-3)

@@ -30,10 +30,9 @@ inspector = StrategyInspector([extraction_of(text) for text in texts], Path(fold
 inspector"""
 
 
-def test_jupyterlab(browser, lab, tmp_path, monkeypatch, count, tally):  # noqa: F811
+@pytest.mark.full
+def test_jupyterlab(browser, lab, tmp_path, monkeypatch, tally):  # noqa: F811
     """Every view at once, then every problem of the inspector; MathJax and plotly are JupyterLab's own."""
-    if not count(0, 1):
-        pytest.skip("at full counts (FAULTS=full)")
     from lab import ask, run_all, shot, write_notebook
 
     address, root = lab

@@ -203,10 +203,9 @@ def test_kill_in_the_save_of_a_notebook(tmp_path, tally):
           f"kernels had ended {max(orphans):.1f} s later; started again it finished", moments=[m.name for m in MOMENTS])
 
 
-def test_the_real_series(count, tmp_path, tally):
-    """Full counts only: `SMOKE=1 make run` with its bases, interrupted in every way, against an uninterrupted one."""
-    if not count(0, 1):
-        pytest.skip("ten minutes and more: FAULTS=full")
+@pytest.mark.full
+def test_the_real_series(tmp_path, tally):
+    """Ten minutes: `SMOKE=1 make run` with its bases, interrupted in every way, against an uninterrupted one."""
     world = World(TESTS.parent / "experiments" / "quickstart.yaml", tmp_path / "runs", "--smoke", limit=3600)
     _, seconds = timed(world.finish)
     expected, chance = world.result(printed=False), random.Random("series")

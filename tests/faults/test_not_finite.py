@@ -106,10 +106,8 @@ def recorded(run: Run, step: int) -> tuple[dict[str, Any], dict[str, torch.Tenso
     return record, load_file(path.with_name(record["tensors"]))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_what_is_not_finite_stops_the_run_before_the_optimizer(name, base, tmp_path, count, tally):
-    if name not in count(QUICK, tuple(CASES)):
-        pytest.skip("at full counts only (FAULTS=full)")
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.full) for n in CASES])
+def test_what_is_not_finite_stops_the_run_before_the_optimizer(name, base, tmp_path, tally):
     case = CASES[name]
     config = small(base, case.method, **dict(case.fields))
     with injected(case.fault) as seen, pytest.raises((FloatingPointError, ValueError)) as raised:

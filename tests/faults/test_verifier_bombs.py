@@ -29,13 +29,12 @@ def check(number: int) -> tuple[Problem, str]:
     return Problem(f"p{number}", "", rf"{number}\sqrt{{2}}"), box(rf"\frac{{{2 * number}}}{{\sqrt2}}")
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("context", [pytest.param(c, marks=pytest.mark.full if c == "ray" else ()) for c in CONTEXTS])
 def test_bombs(context, count, tally) -> None:
+    """In a Ray worker at reduced counts: tests/cluster/test_ray_verifier.py."""
     step = count(SPREAD, 1)  # reduced: the contexts share the bombs among them
     if context == "ray":
         pytest.importorskip("ray", reason="Ray comes with `make test-cluster`")
-        if step == SPREAD:
-            pytest.skip("`make test-cluster` has this test")
     names = list(BOMBS)[list(CONTEXTS).index(context) % step :: step]
     found = judged_in(context, names)
     tally(1, f"bombs, {context}", f"{len(names)} of {len(names)} judged, no hang, no death; slowest "
