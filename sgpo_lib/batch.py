@@ -15,13 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from sgpo_lib.batch_spec import Batch, Job, load_batch
-from sgpo_lib.checkpoints import clear
 from sgpo_lib.config import unknown
 from sgpo_lib.executors.attempts import end, goes_nowhere, make_ready, record_failure, record_no_progress
 from sgpo_lib.executors.interface import Ended, EngineLost, Executor, clear_queue, make_order, read_queue
 from sgpo_lib.jobs import JobResult, job_key, last_line, place_parameters, read_job, up_to_date
 from sgpo_lib.runs import is_locked, locked
-from sgpo_lib.storage import write_atomic
+from sgpo_lib.storage import clear, write_atomic
 
 HEARTBEAT_S = 15.0
 """Seconds between progress lines while nothing starts or ends."""

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sgpo_lib.storage import disk_full, flush, write_atomic
+from sgpo_lib.storage import clear, disk_full, flush, write_atomic
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -136,18 +136,6 @@ def write_folder(final: Path, write: Callable[[Path], None], like: int = 0) -> N
     for holder in (final.parent, final.parent.parent):
         flush(holder)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def clear(folder: Path, name: str = "*") -> None:
-    """Remove what a killed process left half written; a folder that it was about to replace gets its name back."""
-    for path in folder.glob(f".{name}.*"):
-        original = path.with_name(path.name[1:].rpartition(".")[0])
-        if path.suffix == ".replaced" and not original.exists():
-            path.rename(original)
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def save(folder: Path, step: int, write: Callable[[Path], None], state: dict[str, Any], keep: int,

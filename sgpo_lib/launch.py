@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 import yaml
 
 from sgpo_lib import endings
-from sgpo_lib.checkpoints import clear
 from sgpo_lib.escaping import visible
 from sgpo_lib.jobs import JobResult, find_notebook, job_key, load_notebook, place_parameters, read_job, up_to_date
 from sgpo_lib.pages import KL_PAGE, PLOTLY_TAG, notebook_html, put_plotly
 from sgpo_lib.redaction import Redactor
 from sgpo_lib.runs import locked
-from sgpo_lib.storage import DiskFull, disk_full, write_atomic
+from sgpo_lib.storage import DiskFull, clear, disk_full, write_atomic
 
 if TYPE_CHECKING:
     from sgpo_lib.execution import Control
@@ -129,6 +128,7 @@ def run_notebook(notebook: str | Path, parameters: Mapping[str, Any], job: Path,
             told = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seconds": round(time.time() - start, 1),
                     "host": socket.gethostname(), "key": key}
             if not ended:
+                (job / "STOP").unlink(missing_ok=True)  # it came too late
                 record = json.dumps(redact.nested({**(failure or {}), **told}), indent=1)
                 write_atomic(job / ("FAILED.json" if failure else "DONE"), record)
     if ended and control.why == "interrupt":

@@ -38,7 +38,7 @@ import psutil
 from sgpo_lib import checkpoints
 from sgpo_lib.config import RunConfig, difference, from_yaml, to_dict, to_yaml
 from sgpo_lib.redaction import Redactor, refuse_secrets
-from sgpo_lib.storage import append_row, read_jsonl, set_torn_aside, write_atomic, write_jsonl
+from sgpo_lib.storage import append_row, clear, read_jsonl, set_torn_aside, write_atomic, write_jsonl
 
 PACKAGE_FOLDER = Path(__file__).resolve().parent
 FINAL = "final"
@@ -171,9 +171,9 @@ class Run:
         Also removes what a killed process left half written. For the process that holds the run.
         """
         for folder in (self.folder / "rollouts", self.folder / "evaluation"):
-            checkpoints.clear(folder)
+            clear(folder)
         for name in (FINAL, "metrics.jsonl"):
-            checkpoints.clear(self.folder, name)
+            clear(self.folder, name)
         return checkpoints.newest_whole(self.folder / "checkpoints")
 
     def save_final(self, write: Callable[[Path], None]) -> None:

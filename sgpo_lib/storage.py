@@ -85,6 +85,18 @@ def write_atomic(path: Path, text: str) -> None:
     flush(path.parent)
 
 
+def clear(folder: Path, name: str = "*") -> None:
+    """Remove what a killed process left half written; a folder that it was about to replace gets its name back."""
+    for path in folder.glob(f".{name}.*"):
+        original = path.with_name(path.name[1:].rpartition(".")[0])
+        if path.suffix == ".replaced" and not original.exists():
+            path.rename(original)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 

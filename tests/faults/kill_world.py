@@ -220,7 +220,7 @@ def require_same(got: dict[str, Any], expected: dict[str, Any], after: Sequence[
     """Fails with the first part that differs."""
     assert got.keys() == expected.keys(), f"after {after}"
     for name, value in expected.items():
-        assert got[name] == value, f"{name} differs after {after}"
+        assert got[name] == value, f"{name} differs after {after}: {got[name]!s:.500}, expected {value!s:.500}"
 
 
 def stage(folder: Path) -> str:

@@ -180,8 +180,8 @@ def test_what_a_killed_batch_leaves_behind_ends(series, whole, tmp_path, tally):
 
 MOMENTS = [Moment("save of the notebook", "sgpo_lib.execution:SavedWhole.save", nth=4, appears=".notebook.ipynb.*"),
            Moment("before its rename", "sgpo_lib.execution:SavedWhole.save", nth=6, inner=("pathlib:Path.replace", 1)),
-           Moment("page", "sgpo_lib.launch:write_atomic", nth=2, inner=("os:fsync", 1)),
-           Moment("DONE", "sgpo_lib.launch:write_atomic", nth=3, inner=("os:fsync", 1))]
+           Moment("page", "sgpo_lib.launch:_write_page", inner=("os:fsync", 1)),
+           Moment("DONE", "sgpo_lib.launch:write_atomic", nth=4, inner=("os:fsync", 1))]
 
 
 def test_kill_in_the_save_of_a_notebook(tmp_path, tally):

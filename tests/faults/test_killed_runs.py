@@ -57,7 +57,11 @@ def seconds(base, whole, tmp_path_factory) -> float:
 
 
 def test_kill_at_random_moments(base, whole, seconds, tmp_path, count, tally):
-    """Over the whole duration, start and end included; some of the resumed runs are killed again."""
+    """Over the whole duration, start and end included; some of the resumed runs are killed again.
+
+    Half of the delays begin with the run's first row: on a busy machine, where starts take longer, not all of them fall
+    into the start.
+    """
     wanted, expected, chance = count(8, 100), result(whole), random.Random("kill -9")
     fell, again, late = collections.Counter(), 0, 0
     for number in range(wanted):
@@ -66,7 +70,9 @@ def test_kill_at_random_moments(base, whole, seconds, tmp_path, count, tally):
         while not history:
             root = tmp_path / f"{number}-{late}"
             process, delay = start(config, root), share * seconds
-            time.sleep(delay)
+            while number % 4 > 1 and process.is_alive() and not (root / config.label / "metrics.jsonl").exists():
+                time.sleep(0.001)
+            time.sleep(delay if number % 4 < 2 else delay / 2)
             if kill(process):
                 history.append(f"SIGKILL after {delay:.2f} s, {stage(root / config.label)}")
                 fell[stage(root / config.label)] += 1
@@ -81,7 +87,7 @@ def test_kill_at_random_moments(base, whole, seconds, tmp_path, count, tally):
         require_same(result(finish(config, root)), expected, history)
         assert not leftovers(root / config.label), history
         clear(root)
-    assert sum(fell.values()) == wanted and len(fell) > 2, fell
+    assert sum(fell.values()) == wanted and len(fell) > count(1, 2), fell
     tally(2, "SIGKILL at random moments, then resumed",
           f"{wanted} of {wanted} ended with the metrics, rollouts, evaluations and adapter of the uninterrupted run; "
           f"{again} further kills of resumed runs", where=dict(fell), seconds_of_a_run=round(seconds, 2))

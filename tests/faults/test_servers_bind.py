@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[2]
 
 def made_lab() -> list[str]:
     """The command that `make lab` runs."""
-    told = subprocess.run(["make", "-n", "-o", "venv", "lab"], cwd=ROOT, text=True, capture_output=True, check=True)
+    told = subprocess.run(["make", "-n", "--no-print-directory", "-o", "venv", "lab"], cwd=ROOT, text=True,
+                          capture_output=True, check=True)
     return told.stdout.strip().splitlines()[-1].lstrip("@").split()
 
 
