@@ -270,15 +270,15 @@ def phase_seconds(df: pd.DataFrame) -> go.Figure:
         means["rest"] = (df.groupby("method")["seconds_step"].mean() - means.sum(axis=1)).clip(lower=0.0)
     methods = methods_of(df)[::-1]
     figure = go.Figure(layout={"template": template(), "title": {"text": title}, "barmode": "stack",
-                               "height": 170 + 55 * len(methods), "hovermode": "y unified"})
+                               "height": 230 + 55 * len(methods), "hovermode": "y unified"})
     for phase in means.columns:
         name, colour = PHASES[phase]
         seconds = [float(means[phase][m]) for m in methods]
         figure.add_trace(go.Bar(y=[method_style(m)[0] for m in methods], x=seconds, name=name, orientation="h",
                                 marker={"color": colour}, hovertemplate="%{x:.3g} s"))
     figure.update_xaxes(title_text="seconds per step (mean)")
-    figure.update_layout(legend={"y": 1.0, "yanchor": "bottom", "traceorder": "normal"}, margin={"t": 90},
-                         title_y=0.95)
+    figure.update_layout(legend={"yref": "container", "y": 0.02, "yanchor": "bottom", "traceorder": "normal"},
+                         margin={"b": 130})
     return figure
 
 
