@@ -45,8 +45,10 @@ FINAL = "final"
 """Folder of a run that holds its final weights."""
 MAKING_S = 30.0
 """Seconds to wait for another process that makes the same run folder."""
-CLOCK_PREFIXES = ("seconds", "tokens_per_second", "cpu_seconds", "delivery_seconds", "verify_seconds")
-"""Metric names that begin so depend on the clock; all others repeat exactly on the same CPU."""
+CLOCK_PREFIXES = ("seconds", "tokens_per_second", "cpu_seconds", "verify_seconds", "delivery_", "weights_version",
+                  "prompt_cached")
+"""Metric names that begin so depend on the clock, or on when the sampler was started (a run that resumes has a new one,
+with no deliveries and an empty prefix cache); all others repeat exactly on the same CPU."""
 
 
 def runs_root() -> Path:

@@ -110,8 +110,8 @@ class Delivered:
             self.engine.rest()
 
     def report(self) -> dict[str, float]:
-        """`weights_version` (deliveries so far), `weights_verified` (1 or 0), `delivery_seconds`, `delivery_bytes`,
-        `verify_seconds`, and the share of prompt tokens that came from the prefix cache."""
+        """`weights_version` (deliveries by this process), `weights_verified` (1 or 0), `delivery_seconds`,
+        `delivery_bytes`, `verify_seconds`, and the share of prompt tokens that came from the prefix cache."""
         told, self._told = self._told, {}
         share = told.pop("cached_tokens", 0.0) / max(1.0, told.pop("prompt_tokens", 0.0))
         return {"weights_version": float(self.version), **told, "prompt_cached_share": share}

@@ -220,7 +220,10 @@ def require_same(got: dict[str, Any], expected: dict[str, Any], after: Sequence[
     """Fails with the first part that differs."""
     assert got.keys() == expected.keys(), f"after {after}"
     for name, value in expected.items():
-        assert got[name] == value, f"{name} differs after {after}: {got[name]!s:.500}, expected {value!s:.500}"
+        differ = [k for k in {*value, *got[name]} if got[name].get(k) != value.get(k)] if isinstance(value, dict) else []
+        assert got[name] == value, f"{name} differs after {after}: " + (
+            "; ".join(f"{k} {got[name].get(k)!s:.100}, expected {value.get(k)!s:.100}" for k in sorted(differ))
+            or f"{got[name]!s:.500}, expected {value!s:.500}")
 
 
 def stage(folder: Path) -> str:
