@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
 import markupsafe
@@ -45,6 +46,15 @@ def visible(text: str, ends: bool = False) -> str:
         else:
             shown.append(c)
     return "".join(shown)
+
+
+def visible_in(value: Any) -> Any:
+    """`visible` of every text in mappings and lists, names included."""
+    if isinstance(value, Mapping):
+        return {visible_in(name): visible_in(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [visible_in(one) for one in value]
+    return visible(value) if isinstance(value, str) else value
 
 
 class Html(markupsafe.Markup):

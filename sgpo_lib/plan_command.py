@@ -15,6 +15,7 @@ from typing import Any
 
 from sgpo_lib import plan, plan_time
 from sgpo_lib.config import field_index, override, unknown
+from sgpo_lib.escaping import visible_in
 from sgpo_lib.plan_setup import DEVICES, PROCESS_CPU, PROCESS_GPU, Setup, machine_memory, own_gpu, uncounted
 from sgpo_lib.recipes import METHODS, NOTEBOOK_FIELDS, PROFILES, from_parameters
 from sgpo_lib.shapes import GIB, find_shape
@@ -54,7 +55,7 @@ def command(arguments: argparse.Namespace, given: Mapping[str, Any], say: Callab
     if arguments.json:
         say(json.dumps(found, indent=1))
     else:
-        _show(found)
+        _show(visible_in(found))
     return 0 if found["fits"] else 1
 
 

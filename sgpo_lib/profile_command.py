@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sgpo_lib.escaping import visible_in
 from sgpo_lib.profiling import LEARNING, Machine, advice, steps_of, summary
 from sgpo_lib.recipes import METHODS, NOTEBOOK_FIELDS, PROFILES, from_parameters
 from sgpo_lib.runs import Run, load_run, runs_root
@@ -42,7 +43,7 @@ def command(arguments: argparse.Namespace, given: Mapping[str, Any], say: Callab
         raise ValueError(f"--out: {arguments.out} is a folder, expected a file such as {arguments.out}/profile.json")
     found = (_of_profile(arguments, given, say) if arguments.what in PROFILES
              else _of_run(arguments, given, find_run(arguments.what)))
-    _show(found)
+    _show(visible_in(found))
     if arguments.out:
         write_atomic(arguments.out, json.dumps(found, indent=1) + "\n")
         say(f"JSON: {arguments.out}")

@@ -35,7 +35,7 @@ from watched_page import Watched, harness, squeezed
 
 from sgpo_lib import exports, pages
 from sgpo_lib.config import RewardConfig
-from sgpo_lib.escaping import trusted, visible
+from sgpo_lib.escaping import trusted, visible, visible_in
 from sgpo_lib.groups_view import group_html
 from sgpo_lib.jobs import read_job
 from sgpo_lib.launch import LogWriter, run_notebook
@@ -295,6 +295,9 @@ def test_terminal(tmp_path, tally):
     assert [t for t in ALL if squeezed(visible(t))[:150] not in shown] == []
     told = on_a_terminal("status", PAYLOADS["terminal link"] + PAYLOADS["reordered"], environment=wide)
     assert "press" in told and re.findall(bad, told) == []
+    for command in (["plan", "--profile", PAYLOADS["terminal link"]], ["profile", PAYLOADS["terminal link"]]):
+        assert re.findall(bad, on_a_terminal(*command, environment=wide)) == []
+    assert visible_in({"".join(ALL): ["".join(ALL), 1]}) == {visible("".join(ALL)): [visible("".join(ALL)), 1]}
     echo = io.StringIO()
     log = LogWriter(io.StringIO(), echo, "job: ", str)
     log.write("\n".join(ALL) + "\n")
