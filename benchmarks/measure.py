@@ -95,8 +95,6 @@ class Side:
 
     script: str
     case: dict[str, Any]
-    threads: int = 0
-    """Threads of torch; 0 for those of `threads`."""
     python: str = sys.executable
     environment: dict[str, str] = field(default_factory=dict)
     optional: bool = False
@@ -114,7 +112,7 @@ class Contender:
     def __init__(self, side: Side):
         self.side = side
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by __exit__)
-        count = str(side.threads or threads())
+        count = str(threads())
         settings = {"OMP_NUM_THREADS": count, "TRL_EXPERIMENTAL_SILENCE": "1", "CI": "1", "HF_HUB_OFFLINE": "1",
                     "TOKENIZERS_PARALLELISM": "false"}
         given = {"threads": int(count)} | side.case

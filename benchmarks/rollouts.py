@@ -8,7 +8,6 @@ engines also give the log-probability of every token, and a random stream per re
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -91,45 +90,33 @@ def contend(case: dict[str, Any]) -> None:
 
 
 def rollouts(smoke: bool, repeats: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """12 responses of 32 tokens in one batch: float32 with one thread and with all of them, bfloat16 with all.
+    """12 responses of 32 tokens in one batch, in float32 with all threads: ours and vLLM's engine, and `generate`.
 
-    vLLM, whose start takes half a minute, takes part in the two with all threads.
+    NOTES.md has bfloat16 and one thread.
     """
-    rows, found = [], {}
-    case = {"smoke": smoke, "batch": 12, "prompts": 4, "tokens": 4 if smoke else 32}
-    most = measure.threads()
-    cases = [("float32", count) for count in sorted({1, most})] + [("bfloat16", most)]
-    for dtype, count in cases[: 1 if smoke else None]:
-        what = f"rollouts, 12 x {case['tokens']} tokens, {dtype}, {count} thread{'s' * (count > 1)}"
-        sides = {who: _side(case, who, dtype, count) for who in ("engine", "generate")}
-        with_vllm = count == most
-        if with_vllm and VLLM_PYTHON.exists() and not smoke:
-            sides["vllm"] = _side(case, "vllm", dtype, count)
-        here = found[what] = measure.race(sides, repeats)
-        for side in here.values():
-            if "seconds" in side:
-                side["tokens_per_second"] = side["tokens"] / side["seconds"]
-        # seconds per 1,000 tokens, so that less is better in every line of the table
-        each = {name: 1000 * side["seconds"] / side["tokens"] for name, side in here.items() if "seconds" in side}
-        speed = {name: f"{side['tokens_per_second']:,.0f}" for name, side in here.items() if "seconds" in side}
-        rows.append(row(f"{what}: time per 1,000", "s", each["engine"], "generate", each["generate"],
-                        note=f"{speed['engine']} and {speed['generate']} tokens/s"))
-        if not with_vllm:
-            continue
-        reason = here.get("vllm", {}).get("failed", "no vLLM here" if not smoke else "smoke")
-        note = f"{speed['vllm']} tokens/s" if "vllm" in each else reason
-        rows.append(row(f"{what}, vLLM: time per 1,000", "s", each.get("vllm"), "generate", each["generate"],
-                        note=note))
-    return rows, found
+    case = {"smoke": smoke, "batch": 12, "prompts": 4, "tokens": 4 if smoke else 32, "dtype": "float32"}
+    what = f"rollouts, 12 x {case['tokens']} tokens"
+    sides = {who: _side(case, who) for who in ("engine", "generate")}
+    if VLLM_PYTHON.exists() and not smoke:
+        sides["vllm"] = _side(case, "vllm")
+    found = measure.race(sides, repeats)
+    for side in found.values():
+        if "seconds" in side:
+            side["tokens_per_second"] = side["tokens"] / side["seconds"]
+    # seconds per 1,000 tokens, so that less is better in every line of the table
+    each = {name: 1000 * side["seconds"] / side["tokens"] for name, side in found.items() if "seconds" in side}
+    speed = {name: f"{side['tokens_per_second']:,.0f}" for name, side in found.items() if "seconds" in side}
+    reason = found.get("vllm", {}).get("failed", "no vLLM here" if not smoke else "smoke")
+    return [row(f"{what}: time per 1,000", "s", each["engine"], "generate", each["generate"],
+                note=f"{speed['engine']} and {speed['generate']} tokens/s"),
+            row(f"{what}: peak extra memory", "MB", found["engine"]["extra_MB"], "generate",
+                found["generate"]["extra_MB"]),
+            row(f"{what}, vLLM: time per 1,000", "s", each.get("vllm"), "generate", each["generate"],
+                note=f"{speed['vllm']} tokens/s" if "vllm" in each else reason)], found
 
 
-def _side(case: dict[str, Any], who: str, dtype: str, count: int) -> Side:
-    case = case | {"side": who, "dtype": dtype}
-    if who != "vllm":
-        return Side("rollouts.py", case, threads=count)
-    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:count])
-    environment = measure.WITH_VLLM["environment"] | {"VLLM_CPU_OMP_THREADS_BIND": cores}
-    return Side("rollouts.py", case, threads=count, **measure.WITH_VLLM | {"environment": environment})
+def _side(case: dict[str, Any], who: str) -> Side:
+    return Side("rollouts.py", case | {"side": who}, **measure.WITH_VLLM if who == "vllm" else {})
 
 
 if __name__ == "__main__":

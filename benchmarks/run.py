@@ -59,7 +59,7 @@ def main() -> int:
             rows, found = section(asked.smoke, repeats)
             if not measure.finite([rows, found]):
                 raise ValueError(f"{name}: a number is not finite: {rows}")
-            told["sections"][name] = {"passes": repeats, "rows": rows, "measured": found}
+            told["sections"][name] = {"passes": found.pop("passes", repeats), "rows": rows, "measured": found}
             print(measure.table(rows), flush=True)
         except Exception as error:  # the other sections can still be measured
             traceback.print_exc()
@@ -89,7 +89,7 @@ def page(told: dict[str, Any]) -> str:
     if told["smoke"]:
         parts += ["**Smoke run: these sizes say nothing about speed.**", ""]
     for name, section in told["sections"].items():
-        parts += [f"## {name}", "", f"{section['passes']} passes, {section['wall_seconds']:.0f} s in all.", ""]
+        parts += [f"## {name}", "", f"Passes: {section['passes']}; {section['wall_seconds']:.0f} s in all.", ""]
         parts += [f"Failed: {section['failed'].strip().splitlines()[-1]}", ""] if "failed" in section else \
             [measure.table(section["rows"])]  # fmt: skip
     return "\n".join(parts)

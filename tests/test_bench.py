@@ -78,3 +78,12 @@ def test_the_table_has_every_line_and_says_what_it_is(results):
         assert all(f"| {row['what']} |" in text for row in section["rows"])
     liger = next(line for line in text.splitlines() if line.startswith("|") and "Liger" in line)
     assert ("Liger is not installed" in liger) == (importlib.util.find_spec("liger_kernel") is None)
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_results():
+    told = json.loads((ROOT / "benchmarks" / "results" / "bench.json").read_text())
+    assert not told["smoke"] and all("failed" not in section for section in told["sections"].values())
+    measured = (ROOT / "benchmarks" / "results" / "bench.md").read_text()
+    shown = (ROOT / "README.md").read_text().partition("## Speed")[2].partition("\n## ")[0]
+    lines = [line for line in shown.splitlines() if line.startswith("| ") and not line.startswith(("| what", "| ---"))]
+    assert len(lines) > 5 and all(f"\n{line}" in measured for line in lines)
