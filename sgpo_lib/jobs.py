@@ -292,7 +292,7 @@ def read_batch(folder: Path) -> list[JobResult]:
     results = []
     for row in plan["jobs"]:
         job = read_job(folder / row["name"])
-        if job.state in ("waiting", "stopped", "failed") and row.get("blocked"):
+        if job.state in ("waiting", "queued", "stopped", "failed") and row.get("blocked"):
             job = JobResult(job.name, job.folder, "blocked", row["notebook"], row["parameters"], 0.0, row["blocked"])
         if job.state in ("waiting", "queued"):  # it may not have started yet, with parameters of its own
             job = replace(job, notebook=row["notebook"], parameters=row["parameters"])

@@ -89,8 +89,9 @@ def run_notebook(notebook: str | Path, parameters: Mapping[str, Any], job: Path,
 
     `after`: job folders whose results this one builds on. `echo`: stream that also gets the printed lines.
     `time_limit`: seconds of the whole execution. Raises ValueError before any work for a notebook or parameter that
-    does not exist; RuntimeError when another process works in the folder. An error inside the notebook, a kernel that
-    dies or the time limit is recorded in FAILED.json and returned as state `failed`.
+    does not exist, or a folder with the job of another notebook (unless `force`); RuntimeError when another process
+    works in the folder. An error inside the notebook, a kernel that dies or the time limit is recorded in FAILED.json
+    and returned as state `failed`.
 
     SIGUSR1 and SIGTERM (in the main thread) ask it to stop: after a training step, or at an interrupt of the kernel
     `grace` seconds later (default GRACE_S; SIGTERM at most TERM_GRACE_S). It is then `stopped`: neither DONE nor
@@ -103,6 +104,8 @@ def run_notebook(notebook: str | Path, parameters: Mapping[str, Any], job: Path,
     if not force and up_to_date(job, key):
         result = read_job(job)
         return JobResult(**{**vars(result), "fresh": False})
+    if not force:
+        _require_own(job, path)
     with locked(job):
         clear(job)
         for old in ("DONE", "FAILED.json", "runs.txt", "STOP", KL_PAGE):
@@ -134,6 +137,14 @@ def run_notebook(notebook: str | Path, parameters: Mapping[str, Any], job: Path,
     if ended and control.why == "interrupt":
         raise KeyboardInterrupt
     return read_job(job)
+
+
+def _require_own(job: Path, notebook: Path) -> None:
+    """Raises ValueError where the folder holds a job of another notebook, whose files would be replaced."""
+    there = read_job(job).notebook
+    if there and there != notebook.name:
+        raise ValueError(f"{job} holds the job of {there}, expected {notebook.name} or nothing. Take another folder "
+                         "(--job) or job name, delete this one, or replace it with --force")
 
 
 def _execute(path: Path, placed: dict[str, Any], control: Control, log: LogWriter, raw: LogWriter,

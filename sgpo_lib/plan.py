@@ -11,7 +11,7 @@ Nothing here imports torch.
 from __future__ import annotations
 
 from sgpo_lib.plan_setup import BYTES, PROCESS_CPU, PROCESS_GPU, Setup, Term, evaluations, own_gpu, terms
-from sgpo_lib.shapes import GIB, block_size
+from sgpo_lib.shapes import GIB, block_rows
 
 
 def weights(s: Setup) -> int:
@@ -109,7 +109,7 @@ def head_workspace(s: Setup, term: Term, tokens: int) -> int:
     sides where they are compared; beside them n tensors of a block in float32 (losses/head.py), one more where logits
     have another type; where the output matrix trains, its gradient."""
     logits = min(s.config.train.kl_chunk_tokens, term.together * tokens) * s.shape.vocabulary
-    block = min(logits, max(block_size(s.kind), s.shape.vocabulary))
+    block = min(logits, block_rows(s.kind, s.shape.vocabulary) * s.shape.vocabulary)
     matrix = 0 if s.lora else s.size * s.shape.vocabulary * s.shape.hidden
     return s.size * (2 if term.copies > 3 else 1) * logits + 4 * (term.copies + (s.size < 4)) * block + matrix
 

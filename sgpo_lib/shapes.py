@@ -29,9 +29,10 @@ BLOCK = {"cpu": 2**18}
 OTHER_BLOCK = 2**24
 
 
-def block_size(kind: str) -> int:
-    """BLOCK of a type of device."""
-    return BLOCK.get(kind, OTHER_BLOCK)
+def block_rows(kind: str, vocabulary: int, threads: int = 1) -> int:
+    """Rows of logits of a block on a type of device: a multiple of the threads, which share them row by row."""
+    rows = BLOCK.get(kind, OTHER_BLOCK) // vocabulary
+    return max(threads, rows - rows % threads)
 
 
 @dataclass(frozen=True)

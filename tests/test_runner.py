@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import nbformat
 import pytest
 from small_notebooks import write_notebook
 
-from sgpo_lib import endings, jobs
+from sgpo_lib import endings, jobs, launch
 from sgpo_lib.cli import main
 from sgpo_lib.launch import run_notebook
 
@@ -159,6 +160,44 @@ def test_a_reader_finds_a_valid_notebook_at_any_moment(tmp_path):
     assert process.returncode == 0, process.communicate()
     assert seen == sorted(seen) and len(set(seen)) > 4 and seen[0] < 2, seen
     assert [p.name for p in job.iterdir() if p.name.startswith(".notebook")] == []
+
+
+@pytest.mark.slow
+def test_a_cell_that_goes_on_is_saved_meanwhile(tmp_path, monkeypatch):
+    """What a long cell printed so far is in the notebook while it runs."""
+    monkeypatch.setattr(launch, "AUTOSAVE_S", 1)
+    job, release = tmp_path / "job", tmp_path / "release"
+    path = write_notebook(tmp_path, "import os, time\nprint('early', flush=True)\n"
+                          f"while not os.path.exists({str(release)!r}):\n    time.sleep(0.1)\n    print('.', end='')")
+    seen = []
+
+    def look() -> None:
+        until = time.monotonic() + 60
+        while not seen and time.monotonic() < until:
+            if (job / "notebook.ipynb").exists():
+                cells = nbformat.read(job / "notebook.ipynb", 4).cells
+                outputs = [o.get("text", "") for c in cells if c.cell_type == "code" for o in c.outputs]
+                seen.extend(text for text in outputs if "early" in text)
+            time.sleep(0.1)
+        release.touch()
+
+    reader = threading.Thread(target=look)
+    reader.start()
+    result = run_notebook(path, {}, job)
+    reader.join()
+    assert seen and result.state == "done"
+
+
+@pytest.mark.slow
+def test_a_folder_with_the_job_of_another_notebook_is_left_alone(tmp_path):
+    first = write_notebook(tmp_path, "print('first')", name="first")
+    other = write_notebook(tmp_path, "print('other')", name="other")
+    assert run_notebook(first, {}, tmp_path / "job").state == "done"
+    with pytest.raises(ValueError, match=r"job holds the job of first\.ipynb, expected other\.ipynb or nothing"):
+        run_notebook(other, {}, tmp_path / "job")
+    assert (tmp_path / "job" / "log.txt").read_text() == "first\n" and (tmp_path / "job" / "DONE").exists()
+    assert run_notebook(other, {}, tmp_path / "job", force=True).state == "done"
+    assert (tmp_path / "job" / "log.txt").read_text() == "other\n"
 
 
 # --- signals and limits --------------------------------------------------------------------------------------------

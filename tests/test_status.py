@@ -97,6 +97,17 @@ def test_states_of_a_cluster(root, capsys):
     assert jobs.read_job(folder / "again").attempt == 2
 
 
+def test_a_queued_job_of_a_cluster_that_went_away_is_blocked_with_the_reason(root, capsys):
+    folder = batch(root, "lost")
+    told = json.loads((folder / "batch.json").read_text())
+    told["jobs"][0]["blocked"] = "Slurm does not answer"
+    write_atomic(folder / "batch.json", json.dumps(told))
+    (folder / "lost").mkdir()
+    (folder / "lost" / "queue.json").write_text(json.dumps({"engine": "slurm", "id": "7", "note": "PENDING"}))
+    assert jobs.read_job(folder / "lost").state == "queued"
+    assert shown(capsys, "b")["lost"] == "lost blocked Slurm does not answer"
+
+
 def test_a_batch_shows_its_own_runs_only(root, capsys):
     mine, other = stored(root, "sgpo", 0, [0.5], rows=ROWS), stored(root, "grpo8", 1, rows=ROWS, done=False)
     other.fail(RuntimeError("no [bold]room[/bold]"))

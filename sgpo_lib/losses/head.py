@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sgpo_lib.shapes import block_size
+from sgpo_lib.shapes import block_rows
 
 
 class Head(NamedTuple):
@@ -67,7 +67,8 @@ def chunks(hidden_NH: Tensor, head: Head, chunk: int) -> Iterator[tuple[slice, T
 def blocks(logits_CV: Tensor) -> Iterator[slice]:
     """Rows of a chunk, some at a time (BLOCK)."""
     count, vocabulary = logits_CV.shape
-    rows = max(1, block_size(logits_CV.device.type) // vocabulary)
+    kind = logits_CV.device.type
+    rows = block_rows(kind, vocabulary, torch.get_num_threads() if kind == "cpu" else 1)
     for start in range(0, count, rows):
         yield slice(start, min(start + rows, count))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -127,6 +128,13 @@ class Batch:
     def attempts(self, name: str) -> list[dict[str, Any]]:
         path = self.job(name) / "attempts.json"
         return json.loads(path.read_text()) if path.exists() else []
+
+    def compared(self) -> dict[str, int]:
+        """Method -> runs of it that the job `compare` (notebook 07) read into its main world, as it printed them."""
+        lines = (self.job("compare") / "log.txt").read_text().splitlines()
+        main = next(line for line in lines if line.startswith("main world: ")).removeprefix("main world: ")
+        row = next(line for line in lines if line.startswith(f"{main} {{"))
+        return ast.literal_eval(row.removeprefix(main).strip())
 
     def failure(self, name: str) -> str:
         record = json.loads((self.job(name) / "FAILED.json").read_text())

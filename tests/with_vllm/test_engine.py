@@ -3,6 +3,7 @@ that go wrong."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
@@ -22,7 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sgpo_lib.config import ModelConfig
 from sgpo_lib.policy import Policy, load_policy
-from sgpo_lib.rollouts import vllm_engine
+from sgpo_lib.recipes import from_parameters
+from sgpo_lib.rollouts import opening, vllm_engine
 from sgpo_lib.rollouts.delivery import Delivered
 from sgpo_lib.rollouts.interface import SampleRequest
 
@@ -275,3 +277,45 @@ def test_an_interrupted_sampler_is_replaced_and_a_killed_one_leaves_nothing_behi
                     psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]:  # fmt: skip
         assert time.monotonic() < deadline, [psutil.Process(pid).cmdline() for pid in alive]
         time.sleep(0.5)
+
+
+# --- memory of a GPU, by what vLLM is asked: none is here --------------------------------------------------------
+class Asked:
+    """Stands for `vllm.LLM`: notes the names of what it is asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: self.calls.append(name) or [{}]
+
+
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_an_engine_that_sleeps_is_awake_for_every_use(sleeps, tmp_path):
+    engine = object.__new__(vllm_engine.VLLMEngine)
+    engine.llm, engine.sleeps, engine.asleep, engine.adapter, engine.stop_ids = Asked(), sleeps, False, None, []
+    uses = {"held": engine.held, "load_weights": lambda: engine.load_weights(tmp_path),
+            "sample": lambda: engine.sample([], temperature=1.0, top_p=1.0, max_new_tokens=1)}
+    engine.llm.llm_engine = engine.llm
+    engine.llm.model_config = argparse.Namespace(max_model_len=8)
+    for use in uses.values():
+        engine.rest()
+        engine.rest()
+        use()
+        assert engine.llm.calls[:2] == ["sleep", "wake_up"] or not sleeps
+        assert not engine.asleep and engine.llm.calls.count("sleep") == engine.llm.calls.count("wake_up") == int(sleeps)
+        engine.llm.calls.clear()
+
+
+def test_the_split_of_a_gpu_is_what_the_configuration_says():
+    """Arguments of `vllm.LLM` for a policy on a GPU."""
+    policy: Any = argparse.Namespace(device=torch.device("cuda"), context=2048)
+
+    def asked(**given: Any) -> dict[str, Any]:
+        config = from_parameters("smollm2", "sgpo", 0, sampler="vllm", **given)
+        return opening._arguments(config, policy, "a/model", actor=False)
+
+    assert asked(gpu_memory_share=0.35)["gpu_memory_utilization"] == 0.35
+    assert "kv_cache_memory_bytes" not in asked() and "weight_transfer_config" not in asked()
+    assert asked(kv_cache_gb=3)["kv_cache_memory_bytes"] == 3 * 2**30
+    assert asked(lora_rank=0)["weight_transfer_config"].backend == "ipc"

@@ -19,6 +19,7 @@ from sgpo_lib.policy import Policy
 from sgpo_lib.recipes import from_parameters
 from sgpo_lib.rollouts.delivery import Delivered
 from sgpo_lib.rollouts.server_engine import ServerEngine
+from sgpo_lib.runs import load_run
 from sgpo_lib.serving import is_loopback
 from sgpo_lib.trainer import train
 
@@ -93,6 +94,28 @@ def test_a_run_samples_from_a_server(server, source, tmp_path):
     row = train(config, root=tmp_path).metrics("train")[0]
     assert row["sampler_trainer_gap"] < 1e-4 and row["weights_verified"] == 1 and row["weights_version"] == 1
     assert adapters(server) == [] and not (tmp_path / config.label / "delivery").exists()
+
+
+def test_a_run_whose_delivery_is_lost_stops_with_the_reason(server, source, tmp_path, importable, monkeypatch):
+    """The second adapter never arrives. No step is made with samples of the first, and none is lost."""
+    config = from_parameters("smollm2", "sgpo", 0, steps=3, sampler="server", server=f"{server}/v1", lora_rank=RANK,
+                             problems_per_step=2, max_new_tokens=8, n_train=32, n_validation=0, n_test=0, context=512,
+                             reward="rewards_for_tests:coin", lr=1e-3)
+    load = ServerEngine.load_adapter
+
+    def lose(self, folder, version, name):
+        if version != 2:
+            load(self, folder, version, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ServerEngine, "load_adapter", lose)
+        with pytest.raises(RuntimeError, match="does not hold the policy's weights after delivery 2"):
+            train(config, root=tmp_path)
+    stopped = load_run(tmp_path / config.label)
+    assert stopped.state == "failed" and [r["step"] for r in stopped.metrics("train")] == [1]
+    told = json.loads((stopped.folder / "FAILED.json").read_text())
+    assert "skipped, came from a former step, or was applied twice" in told["message"]
+    assert [p.name for p in stopped.checkpoints()] == ["step-000001"], "where the same command goes on"
 
 
 @pytest.mark.parametrize(("address", "message"), [
