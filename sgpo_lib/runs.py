@@ -137,7 +137,8 @@ class Run:
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Any]]:
         """All rows, or those of one kind. Raises ValueError with file, line and field for what is no row of a run."""
-        rows = read_jsonl(self.folder / "metrics.jsonl", {"kind": str, "step": int}, unique=("kind", "step"))
+        rows = read_jsonl(self.folder / "metrics.jsonl", {"kind": str, "step": int}, unique=("kind", "step"),
+                          appended=True)
         return [r for r in rows if kind is None or r["kind"] == kind]
 
     def forget_after(self, step: int) -> None:

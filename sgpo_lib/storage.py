@@ -140,11 +140,12 @@ def parse_row(line: bytes, like: str = "...") -> dict[str, Any] | None:
 
 
 def read_jsonl(path: Path, fields: Mapping[str, type] | None = None,
-               unique: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Rows of a JSONL file that this program wrote; none where there is no file. Passes over a torn last line.
+               unique: Sequence[str] = (), appended: bool = False) -> list[dict[str, Any]]:
+    """Rows of a JSONL file that this program wrote; none where there is no file.
 
-    `fields`: what every row has, and its type. `unique`: fields whose values together no two rows share. Raises
-    ValueError with file, line and field for any other line that is no such row.
+    `fields`: what every row has, and its type. `unique`: fields whose values together no two rows share. `appended`:
+    rows are added to the file, so that a crash may have torn off the last one, which is passed over. Raises ValueError
+    with file, line and field for any other line that is no such row.
     """
     rows, seen = [], dict[tuple[Any, ...], int]()
     lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n") if path.exists() else []
@@ -159,7 +160,7 @@ def read_jsonl(path: Path, fields: Mapping[str, type] | None = None,
                 raise ValueError(f"{', '.join(unique)}: got {json.dumps(key)[1:-1]}, which line {seen[key]} has too")
             rows.append(restored(row))
         except ValueError as error:
-            if isinstance(error, NotJson) and number == len(lines):
+            if appended and isinstance(error, NotJson) and number == len(lines):
                 break
             raise ValueError(f"{path}:{number}: {error}. Restore the file, or remove the line") from None
     return rows

@@ -33,7 +33,7 @@ def main() -> int:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         workers = str(len(os.sched_getaffinity(0)))
-        command = [sys.executable, "-m", "pytest", "-m", "faults", "-n", workers, "--dist", "loadfile", "-rfE"]
+        command = [sys.executable, "-m", "pytest", "-m", "faults", "-n", workers, "--dist", "loadfile", "-rfEs"]
         done = subprocess.run([*command, *sys.argv[1:]], cwd=ROOT, env=os.environ | {"SGPO_FAULTS_OUT": folder},
                               stdout=subprocess.PIPE, text=True, check=False)
         print(done.stdout)
@@ -41,8 +41,10 @@ def main() -> int:
                  for line in file.read_text(encoding="utf-8").splitlines()]
     notes.sort(key=lambda note: (note["line"], note["test"], note["what"]))
     ended = done.stdout.strip().splitlines()[-1].strip("= ") if done.stdout.strip() else "no output"
+    skipped = re.findall(r"^SKIPPED \[\d+\] (.+)", done.stdout, re.MULTILINE)
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
     told = {"full": os.environ.get("FAULTS") == "full", "ended": ended, "failed": failed,
+            "skipped": skipped,
             "wall_seconds": round(time.perf_counter() - began), "date": time.strftime("%Y-%m-%d"),
             "cores": len(os.sched_getaffinity(0)), "processor": _processor(), "python": platform.python_version(),
             "torch": _version("torch"), "notes": notes}
@@ -64,6 +66,8 @@ def page(told: dict[str, Any]) -> str:
     if told["failed"]:
         failed = (f"- `{name}`" for name in told["failed"])
         lines += ["**These tests failed, their figures are missing:**", "", *failed, ""]
+    if told["skipped"]:
+        lines += ["Skipped here, so not measured:", "", *(f"- {_cell(line)}" for line in told["skipped"]), ""]
     for number, name in PROMISES.items():
         lines += [f"## {number}. {name}", ""]
         notes = [note for note in told["notes"] if note["line"] == number]

@@ -28,7 +28,7 @@ CANARIES = {
 SECRET_PART = {"CALLBACK": "canaryseven0123456789", "DATABASE": "canary8password",
                "AUTHORIZATION": "eyJhbGciOiJI.eyJjYW5hcnkiOjIy.Zm9vYmFyYmF6cXV4"}  # fmt: skip
 """What of a value is the secret, where it is not all of it."""
-RUN = 16
+RUN = 12
 """Characters in a row of a secret that must not be found; of a shorter one, all of it."""
 
 
@@ -47,13 +47,12 @@ def forms(value: str) -> set[bytes]:
 
 
 def needles(canaries: dict[str, str]) -> dict[bytes, str]:
-    """Every run of RUN bytes of every form (the whole of a shorter one) -> name."""
+    """Every run of RUN characters of every form (the whole of a shorter one) -> name."""
     found: dict[bytes, str] = {}
     for name, value in canaries.items():
-        for form in forms(SECRET_PART.get(name, value)):
+        for form in map(bytes.decode, forms(SECRET_PART.get(name, value))):
             for at in range(max(1, len(form) - RUN + 1)):
-                found[form[at : at + RUN]] = name
-    found.pop(b"-----BEGIN PRIVA", None)
+                found[form[at : at + RUN].encode()] = name
     return {piece: name for piece, name in found.items() if b"PRIVATE KEY" not in piece and b"-----" not in piece}
 
 
