@@ -96,8 +96,10 @@ class RoomyLayer(DynamicLayer):
 def with_room(cache: Any) -> None:
     """Give the layers of a filled cache room to grow; those of a sliding window or another kind stay as they are, which
     is warned of."""
-    layers: list[Any] = [*cache.layers]
-    layers = [RoomyLayer(one.keys, one.values) if type(one) is DynamicLayer else one for one in layers]
+    layers: list[Any] = []
+    for layer in cache.layers:
+        plain = type(layer) is DynamicLayer
+        layers.append(RoomyLayer(layer.keys, layer.values) if plain else layer)
     if others := {type(layer).__name__ for layer in layers if not isinstance(layer, RoomyLayer)}:
         warnings.warn(f"this model's cache has layers that copy keys and values for each token ({', '.join(others)}): "
                       "sampling is slower than it need be. Cure: rollout.sampler=vllm", stacklevel=2)
