@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import json
 import os
@@ -56,8 +57,11 @@ def running(command: list[str], home: Path, log: Path, port: int) -> Iterator[ps
 
 def listening(process: psutil.Process) -> list[tuple[str, Any]]:
     """(program, address) of every socket on which a process or its children listen."""
-    return [(p.name(), c.laddr) for p in (process, *process.children(recursive=True))
-            for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]  # fmt: skip
+    found = []
+    for one in (process, *process.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            found += [(one.name(), c.laddr) for c in one.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    return found
 
 
 def status(url: str, **more: Any) -> tuple[int, str]:
