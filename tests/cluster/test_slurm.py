@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,11 +66,15 @@ def test_what_slurm_and_the_jobs_do_wrong_is_told(slurm, batch_of, tmp_path):
     batch = batch_of({
         "setup": {"notebook": "good", "setup": ["echo no module called cuda", "false"]},
         "cancelled": {"notebook": "sleeps", "retries": 3}, "after": {"notebook": "good", "after": "cancelled"},
-        "limit": {"notebook": "sleeps", "grace": 1, "resources": {"time": 1}},
+        "limit": {"notebook": "sleeps", "grace": 1, "resources": {"time": 2}},
         "good": {"notebook": "good", "setup": "export FROM_SETUP=seen", "resources": {"cpus": 2}}})
     driver = batch.start()
     batch.wait_for(lambda: batch.attempts("cancelled"), "a job to cancel")
     slurm.ask("scancel", slurm.id_of(batch, "cancelled"))
+    # Slurm looks every half minute which jobs near their limit; the second warning comes from here
+    wait_for(lambda: len(batch.attempts("limit")) == 2, "Slurm's own warning and the second attempt", 240)
+    time.sleep(5)
+    slurm.ask("scancel", "--batch", "--signal=USR1", slurm.id_of(batch, "limit"))
     assert batch.end(driver) == 1
     assert (batch.job("good") / "log.txt").read_text().split() == ["seen", "2"]
     assert batch.failure("setup").startswith("FAILED: Slurm job")
