@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,14 +19,16 @@ DELIVER = "sgpo_lib.rollouts.delivery:Delivered._deliver"
 MOMENTS = [Moment("half an adapter put down", DELIVER, nth=2,
                   appears="delivery/version-000002-*/adapter/adapter_model.safetensors"),
            Moment("vLLM takes it up", DELIVER, inner=("sgpo_lib.rollouts.vllm_engine:VLLMEngine.load_adapter", 1))]
-"""The second dies in the first delivery of a run that goes on after its first step."""
+"""The second dies in the first delivery of a run that goes on after its first step. Without FAULTS=full the first alone:
+each start of vLLM takes half a minute."""
 
 
 def test_kill_while_weights_are_delivered(tmp_path):
     config = from_parameters("smollm2", "sgpo", 0, **SMALL, steps=2, n_test=0, torch_threads=1)
     whole = finish(config, tmp_path / "whole", 400)
-    for moment in MOMENTS:
+    moments = MOMENTS if os.environ.get("FAULTS") == "full" else MOMENTS[:1]
+    for moment in moments:
         dies(start(config, tmp_path / "broken", moment), tmp_path / "broken", moment)  # and vLLM's processes end
     broken = finish(config, tmp_path / "broken", 400)
-    require_same(result(broken), result(whole), [m.name for m in MOMENTS])
+    require_same(result(broken), result(whole), [m.name for m in moments])
     assert all(r["weights_verified"] == 1 for r in broken.metrics("train"))
