@@ -19,8 +19,8 @@ DELIVER = "sgpo_lib.rollouts.delivery:Delivered._deliver"
 MOMENTS = [Moment("half an adapter put down", DELIVER, nth=2,
                   appears="delivery/version-000002-*/adapter/adapter_model.safetensors"),
            Moment("vLLM takes it up", DELIVER, inner=("sgpo_lib.rollouts.vllm_engine:VLLMEngine.load_adapter", 1))]
-"""The second dies in the first delivery of a run that goes on after its first step. Without FAULTS=full the first alone:
-each start of vLLM takes half a minute."""
+"""The second dies in the first delivery of a run that goes on after its first step. Without FAULTS=full the first
+alone: each start of vLLM takes half a minute."""
 
 
 def test_kill_while_weights_are_delivered(tmp_path):
