@@ -45,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--job", type=Path, help="job folder (default: a folder of the notebook's name and the time)")
     run.add_argument("--after", type=Path, action="append", default=[], metavar="FOLDER",
                      help="job folder whose result this one builds on: when it changes, this one is out of date")
-    run.add_argument("--force", action="store_true", help="run even where the job is up to date")
+    run.add_argument("--force", action="store_true", help="run even where the job is up to date, or the folder holds "
+                     "that of another notebook")
     run.add_argument("--quiet", action="store_true", help="printed lines go to log.txt only")
     run.add_argument("--time-limit", type=float, metavar="SECONDS", help="of the whole execution; then it has failed, "
                      "and the same command continues from the last checkpoint")

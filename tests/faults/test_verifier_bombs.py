@@ -43,7 +43,7 @@ def test_bombs(context, count, tally) -> None:
 
 @pytest.mark.parametrize("source", CASES)
 def test_answer_cases(source, count, tally) -> None:
-    if not CASES[source].exists():
+    if source == "shared" and not CASES[source].exists():
         pytest.skip(f"{CASES[source]} is not on this machine")
     cases = [json.loads(line) for line in CASES[source].read_text(encoding="utf-8").splitlines()]
     cases = cases[:: count(4, 1) if source == "ours" else 1]

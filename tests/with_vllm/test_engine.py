@@ -3,7 +3,6 @@ that go wrong."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import signal
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -297,7 +297,7 @@ def test_an_engine_that_sleeps_is_awake_for_every_use(sleeps, tmp_path):
     uses = {"held": engine.held, "load_weights": lambda: engine.load_weights(tmp_path),
             "sample": lambda: engine.sample([], temperature=1.0, top_p=1.0, max_new_tokens=1)}
     engine.llm.llm_engine = engine.llm
-    engine.llm.model_config = argparse.Namespace(max_model_len=8)
+    engine.llm.model_config = SimpleNamespace(max_model_len=8)
     for use in uses.values():
         engine.rest()
         engine.rest()
@@ -309,7 +309,7 @@ def test_an_engine_that_sleeps_is_awake_for_every_use(sleeps, tmp_path):
 
 def test_the_split_of_a_gpu_is_what_the_configuration_says():
     """Arguments of `vllm.LLM` for a policy on a GPU."""
-    policy: Any = argparse.Namespace(device=torch.device("cuda"), context=2048)
+    policy: Any = SimpleNamespace(device=torch.device("cuda"), context=2048)
 
     def asked(**given: Any) -> dict[str, Any]:
         config = from_parameters("smollm2", "sgpo", 0, sampler="vllm", **given)
